@@ -1,0 +1,1 @@
+"""Callbacks that observe a Lightning run; each works in any Lightning project."""

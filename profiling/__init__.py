@@ -1,0 +1,1 @@
+"""Memory and speed: predicted, measured, recorded."""

@@ -1,0 +1,1 @@
+"""Packaged files: the tiny model and its tokenizer."""
