@@ -1,0 +1,120 @@
+"""Weighted sum of rewards that survives a reward that fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.schema import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Rewards of R completions."""
+
+    total: Tensor
+    """float32 [R]: sum over parts of weight * part."""
+    parts: dict[str, Tensor]
+    """float32 [R] for each reward, before weighting; 0 where it failed."""
+    failed: int
+    """Completions for which some reward failed."""
+
+
+def score(
+    rewards: Mapping[str, Reward],
+    weights: Mapping[str, float],
+    samples: Sequence[Sample],
+    failures_file: Path | None = None,
+) -> Scores:
+    """Judge completions by several rewards.
+
+    A reward that raises, or returns too few or too many numbers or one that is not finite, is asked again about one
+    completion at a time. Where it fails again that reward counts 0, and the completion is written to `failures_file`.
+
+    Args:
+        rewards: the parts, by name.
+        weights: of the parts; a part that is not named has weight 1.
+        samples: R completions.
+        failures_file: JSONL, one line for each failure with the completion and the traceback; appended to.
+
+    Raises:
+        ValueError: a weight is not finite, or names no reward.
+
+    Example:
+        >>> class Length(Reward):
+        ...     def __call__(self, samples):
+        ...         return [float(len(s.text)) for s in samples]
+        >>> samples = [Sample(prompt="", text=text, token_ids=[], record={}) for text in ("a", "abc")]
+        >>> score({"length": Length()}, {"length": -0.5}, samples).total
+        tensor([-0.5000, -1.5000])
+    """
+    check_weights(rewards, weights)
+    total = torch.zeros(len(samples), dtype=torch.float32)
+    parts: dict[str, Tensor] = {}
+    failures: dict[str, dict[int, str]] = {}
+    for name, reward in rewards.items():
+        values, failures[name] = judge(reward, samples)
+        parts[name] = torch.tensor(values, dtype=torch.float32)
+        total += weights.get(name, 1.0) * parts[name]
+    if failures_file is not None and any(failures.values()):
+        record_failures(failures, samples, failures_file)
+    return Scores(total=total, parts=parts, failed=len(set().union(*failures.values())))
+
+
+def check_weights(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
+    """Raise ValueError unless there is a reward, and each weight is finite and names one."""
+    if not rewards:
+        raise ValueError("rewards is empty: name at least one reward")
+    for name, weight in weights.items():
+        if name not in rewards:
+            raise ValueError(f"weights names {name!r}, which is not among the rewards {sorted(rewards)}")
+        if not math.isfinite(weight):
+            raise ValueError(f"weights.{name} must be a finite number, got {weight}")
+
+
+def judge(reward: Reward, samples: Sequence[Sample]) -> tuple[list[float], dict[int, str]]:
+    """What one reward says: a number for each sample, and the traceback for each sample it failed on."""
+    if not samples:
+        return [], {}
+    try:
+        return call(reward, samples), {}
+    except Exception:  # whatever user code raises; found again below, by sample
+        pass
+    values, failures = [0.0] * len(samples), {}
+    for i, sample in enumerate(samples):
+        try:
+            [values[i]] = call(reward, [sample])
+        except Exception:
+            failures[i] = traceback.format_exc()
+    return values, failures
+
+
+def call(reward: Reward, samples: Sequence[Sample]) -> list[float]:
+    """The reward's numbers; ValueError if they are not one finite number for each sample."""
+    values = [float(value) for value in reward(samples)]
+    if len(values) != len(samples):
+        raise ValueError(f"{type(reward).__name__} returned {len(values)} numbers for {len(samples)} completions")
+    for value in values:
+        if not math.isfinite(value) or abs(value) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{type(reward).__name__} returned {value}, which is not a finite float32")
+    return values
+
+
+def record_failures(failures: Mapping[str, Mapping[int, str]], samples: Sequence[Sample], file: Path) -> None:
+    """Append one JSON object a line for each failed completion."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        for name, failed in failures.items():
+            for i, error in failed.items():
+                sample = samples[i]
+                entry = {"reward": name, "prompt": sample.prompt, "completion": sample.text}
+                entry |= {"token_ids": sample.token_ids, "record": dict(sample.record), "error": error}
+                lines.write(json.dumps(entry, default=repr) + "\n")

@@ -1,0 +1,179 @@
+"""Supervised fine-tuning on demonstrations, or training from nothing on them.
+
+The loss of a batch is the mean over all its completion tokens, the closing end-of-sequence included, of
+
+    -log p(token | prompt, earlier tokens of the demonstration)
+
+so long demonstrations weigh more than short ones, and the split into ranks does not change the gradient. Prompts are
+read but not learned. `python -m rlvr_lightning fit --config tiny_sft.yaml` makes the packaged tiny model this way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
+from rlvr_lightning.schema import Rollouts
+
+Record = Mapping[str, Any]
+
+
+class SFT(LightningModule):
+    """Fits a causal LM to demonstrations: records with a `demonstration` (str) beside the prompt.
+
+    Logs `sft/nll` (nats per token of the training batch) and `val/<benchmark>/nll` (likewise, over the benchmark).
+
+    Args:
+        model: "tiny", "smollm2", a folder or a hub name.
+        optimizer: made from the parameters, e.g. torch.optim.AdamW with its arguments.
+        scheduler: of the learning rate, stepped after every optimizer step; constant when null.
+        from_scratch: start from random weights, drawn from the run's seed, instead of the model's own.
+        export_to: folder that receives the model and its tokenizer at the end of the fit; not written when null.
+        export_dtype: of the exported weights.
+
+    Raises:
+        ValueError: the model cannot be found, or `export_to` is its own folder.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        from_scratch: bool = False,
+        export_to: str | None = None,
+        export_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    ) -> None:
+        super().__init__()
+        source = resolve_model(model)
+        if export_to is not None and Path(export_to).resolve() == Path(source).resolve():
+            raise ValueError(f"model.export_to must differ from the folder the model is read from, {source}")
+        self.model_name = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.from_scratch = from_scratch
+        self.export_to = export_to
+        self.export_dtype = export_dtype
+        self.tokenizer = load_tokenizer(model)
+        self.policy: Policy | None = None
+        self._val_sums: dict[str, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Load or draw the weights, once."""
+        if self.policy is not None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed())  # the run's seed, however many numbers were drawn since
+            self.policy = Policy(load_model(self.model_name, from_scratch=self.from_scratch))
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, if there is one, its schedule by step."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def training_step(self, batch: list[Record], batch_idx: int) -> Tensor:
+        """The mean loss over the global batch, scaled so that averaging gradients over ranks is right."""
+        total, tokens = self._nll(batch)
+        loss = total.sum() / tokens * self.trainer.world_size
+        self.log("sft/nll", loss.detach(), prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: list[Record], batch_idx: int) -> None:
+        """Add the batch to the sums of its benchmarks."""
+        for name in dict.fromkeys(record["benchmark"] for record in batch):
+            total, tokens = self._nll([record for record in batch if record["benchmark"] == name])
+            self._val_sums[name] += torch.stack([total.sum(), torch.tensor(float(tokens), device=self.device)])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last validation."""
+        self._val_sums = defaultdict(lambda: torch.zeros(2, device=self.device))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log nats per token of each benchmark."""
+        for name, (total, tokens) in self._val_sums.items():
+            ranks_total = self.trainer.strategy.reduce(total, reduce_op="sum")
+            self.log(f"val/{name}/nll", ranks_total / tokens, prog_bar=True)
+
+    def _nll(self, batch: list[Record]) -> tuple[Tensor, int]:
+        """Negative log-likelihoods, float32 [R, T], of this rank's demonstrations; tokens of all ranks' ones."""
+        assert self.policy is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        ids = [demonstration_ids(record, self.tokenizer) for record in batch]
+        mine = slice(rank, None, world)
+        if len(batch) < world:
+            raise ValueError(f"a batch of {len(batch)} prompts cannot be shared by {world} processes; enlarge it")
+        rollouts = as_rollouts([record["prompt_ids"] for record in batch[mine]], ids[mine], self.device)
+        return -self.policy(rollouts).logprobs, sum(map(len, ids))
+
+    @rank_zero_only
+    def on_fit_end(self) -> None:
+        """Export."""
+        if self.export_to is not None:
+            assert self.policy is not None
+            export(self.policy.model, self.tokenizer, Path(self.export_to), getattr(torch, self.export_dtype))
+
+
+def demonstration_ids(record: Record, tokenizer: Any) -> list[int]:
+    """Tokens of a record's demonstration and the end-of-sequence token."""
+    text = record.get("demonstration")
+    if not isinstance(text, str):
+        raise ValueError(f"data: record {record.get('index')} has no text under 'demonstration', which SFT learns from")
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def as_rollouts(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: Any) -> Rollouts:
+    """Given completions, one for each prompt, in the form a `Policy` takes; its sampler's log-probabilities are 0."""
+    lengths = torch.tensor([len(completion) for completion in completions])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    flat = torch.tensor([token for completion in completions for token in completion])
+    ids = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, flat)
+    return Rollouts(
+        prompt_ids=[list(prompt) for prompt in prompts],
+        completion_ids=ids.to(device),
+        completion_mask=mask.to(device),
+        rollout_logprobs=torch.zeros(mask.shape, device=device),
+        truncated=torch.zeros(len(completions), dtype=torch.bool, device=device),
+    )
+
+
+def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> str:
+    """Write a model as a transformers folder and say its digest, which is returned."""
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    digest = weights_digest(weights)
+    config = model.config.dtype
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=weights)
+    model.config.dtype = config
+    tokenizer.save_pretrained(folder)
+    rank_zero_info(f"exported to {folder}, sha256 of the weights {digest}")
+    return digest
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Sha256 (hex) over names, dtypes, shapes and bits of tensors, in the order of names.
+
+    Example:
+        >>> one = {"a": torch.zeros(2), "b": torch.ones(1)}
+        >>> weights_digest(one) == weights_digest({"b": torch.ones(1), "a": torch.zeros(2)})
+        True
+        >>> weights_digest(one) == weights_digest({"a": torch.zeros(2), "b": torch.ones(1).nextafter(torch.tensor(2.0))})
+        False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
