@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def resolve_model(name: str) -> str:
         return str(folder)
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if not looks_like_hub:
-        raise ValueError(f"model: no folder {name!r}; give a folder with a config.json, a hub name, 'tiny' or 'smollm2'")
+        raise ValueError(f"model: no folder {name!r}; give a model's folder, a hub name, 'tiny' or 'smollm2'")
     return name
 
 
@@ -89,9 +90,20 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, from_scratch: bool
     source = resolve_model(name)
     if from_scratch:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    disable_dropout(model)
     return model.train()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: with it the trainer's distribution would not be the sampler's."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +187,7 @@ class Policy(nn.Module):
         logprob, entropy = token_logprobs(picked, self.head(), packed.targets, temperature or 1.0)
         mask = rollouts.completion_mask
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        return TokenLogprobs(
-            logprobs=empty.masked_scatter(mask, logprob), entropy=empty.masked_scatter(mask, entropy)
-        )
+        return TokenLogprobs(logprobs=empty.masked_scatter(mask, logprob), entropy=empty.masked_scatter(mask, entropy))
 
     def _completions_per_row(self, rollouts: Rollouts) -> int:
         config = self.causal_lm.config.get_text_config()
@@ -186,3 +196,24 @@ class Policy(nn.Module):
         layers = [p.numel() for n, p in self.causal_lm.named_parameters() if ".layers." in n or ".h." in n]
         per_token = sum(layers) / config.num_hidden_layers  # multiply-adds of one layer's matrices
         return completions_per_row(rollouts, per_token / (2 * config.hidden_size))
+
+
+class Reference:
+    """The policy as it was when this object was made; not a module, so that no checkpoint holds it.
+
+    Args:
+        policy: with LoRA the reference is the policy without its adapter and costs nothing; otherwise it is a copy.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.adapted = policy if hasattr(policy.model, "disable_adapter") else None
+        self.copy = None if self.adapted else copy.deepcopy(policy).requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
+        """float32 [R, T] log-probabilities of the completions under the reference."""
+        if self.adapted is not None:
+            with self.adapted.model.disable_adapter():  # type: ignore[operator]
+                return self.adapted(rollouts, temperature).logprobs
+        assert self.copy is not None
+        return self.copy.to(rollouts.completion_ids.device)(rollouts, temperature).logprobs

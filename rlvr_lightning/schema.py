@@ -15,7 +15,7 @@ were drawn), ``ref_logprobs`` (the frozen reference). In every mask True means "
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -71,17 +71,45 @@ class Rollouts:
         """int64 [R]: sampled tokens of each completion."""
         return self.completion_mask.sum(-1)
 
+    def split_groups(self, parts: int) -> Rollouts:
+        """The same rollouts seen as P * parts prompts with G / parts completions each."""
+        if self.group % parts:
+            raise ValueError(f"parts must divide the group of {self.group}, got {parts}")
+        return replace(self, prompt_ids=[p for p in self.prompt_ids for _ in range(parts)])
+
+    def rows(self, prompts: Sequence[int]) -> Tensor:
+        """int64: the rollouts of some prompts, whole groups, in the order given."""
+        group = self.group
+        rows = [p * group + g for p in prompts for g in range(group)]
+        return torch.tensor(rows, dtype=torch.long, device=self.completion_ids.device)
+
     def select(self, prompts: Sequence[int]) -> Rollouts:
         """The rollouts of some prompts, whole groups, in the order given."""
-        group = self.group
-        rows = torch.tensor([p * group + g for p in prompts for g in range(group)], dtype=torch.long)
-        rows = rows.to(self.completion_ids.device)
+        rows = self.rows(prompts)
         return Rollouts(
             prompt_ids=[self.prompt_ids[p] for p in prompts],
             completion_ids=self.completion_ids[rows],
             completion_mask=self.completion_mask[rows],
             rollout_logprobs=self.rollout_logprobs[rows],
             truncated=self.truncated[rows],
+        )
+
+    def with_replaced(self, prompts: Sequence[int], new: Rollouts) -> Rollouts:
+        """These rollouts with the groups of some prompts exchanged for newly sampled ones."""
+        width = max(self.completion_ids.shape[1], new.completion_ids.shape[1])
+        rows = self.rows(prompts)
+
+        def merged(old: Tensor, fresh: Tensor) -> Tensor:
+            out = torch.nn.functional.pad(old, (0, width - old.shape[1]))
+            out[rows] = torch.nn.functional.pad(fresh, (0, width - fresh.shape[1]))
+            return out
+
+        return replace(
+            self,
+            completion_ids=merged(self.completion_ids, new.completion_ids),
+            completion_mask=merged(self.completion_mask, new.completion_mask),
+            rollout_logprobs=merged(self.rollout_logprobs, new.rollout_logprobs),
+            truncated=self.truncated.index_copy(0, rows, new.truncated),
         )
 
 

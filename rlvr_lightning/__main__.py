@@ -1,0 +1,59 @@
+"""The command line: a table of commands, each of which imports only what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "fit": ("rlvr_lightning.cli", "train: --config NAME.yaml, then any overrides"),
+    "validate": ("rlvr_lightning.cli", "measure a model (or --ckpt_path) on the held-out problems of a config"),
+    "test": ("rlvr_lightning.cli", "the same on its test problems"),
+    "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
+    "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
+    "configs": ("rlvr_lightning.configuration", "list the packaged configs"),
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: python -m rlvr_lightning COMMAND [--config NAME.yaml] [options]
+
+Reinforcement learning with verifiable rewards for language models, at SGD's memory.
+
+commands:
+{rows}
+
+  python -m rlvr_lightning fit --config sgd.yaml                        the first run: a tiny model, minutes on a laptop
+  python -m rlvr_lightning fit --config sgd.yaml --model.group_size 16  override a setting
+  python -m rlvr_lightning fit --config sgd.yaml --print_config         show every setting of a run
+  python -m rlvr_lightning fit --help                                   explain every setting
+
+A config is looked for in the working directory first, then among the packaged ones."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    command = argv[0]
+    if command == "--version":
+        from rlvr_lightning import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    run: Callable[[list[str]], int | None] = importlib.import_module(COMMANDS[command][0]).main
+    passed_on = argv if COMMANDS[command][0] == "rlvr_lightning.cli" else argv[1:]
+    return run(passed_on) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""`fit`, `validate` and `test`: LightningCLI with omegaconf interpolation, our default callbacks and run folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from rlvr_lightning import callbacks
+from rlvr_lightning.configuration import config_names, resolve_config_arguments
+
+RUNS = "runs"
+
+
+def main(argv: list[str]) -> int:
+    """Run a trainer command; returns the exit status.
+
+    Args:
+        argv: the command (`fit`, `validate`, `test`) and its options.
+    """
+    quieten()
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # interpolation across files and overrides
+    try:
+        argv = resolve_config_arguments(argv)
+        cli_class(argv[0], "-".join(config_names(argv)) or "run")(argv)
+    except ValueError as error:  # what a user can mend; anything else keeps its traceback
+        if os.environ.get("RLVR_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def cli_class(command: str, name: str) -> type[RLVRCLI]:
+    """The CLI for one command: parsers of the others are not built, which halves the start-up."""
+
+    class OneCommand(RLVRCLI):
+        run_name = name
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: LightningCLI.subcommands()[command]}
+
+    return OneCommand
+
+
+class RLVRCLI(LightningCLI):
+    """LightningCLI with this project's defaults; see `cli_class`."""
+
+    run_name = "run"
+
+    def __init__(self, argv: list[str]) -> None:
+        program, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns when both are given
+        try:
+            super().__init__(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,  # the optimizer is an argument of the module
+                load_from_checkpoint_support=False,
+                save_config_callback=SaveConfigCallback,
+                trainer_defaults={
+                    "accelerator": "auto",
+                    "devices": 1,
+                    "log_every_n_steps": 1,
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                    "use_distributed_sampler": False,  # prompts are split by the module
+                },
+                parser_kwargs={"parser_mode": "omegaconf+"},
+                args=argv,
+            )
+        finally:
+            sys.argv = program
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that are on by default, each with its settings in the YAML."""
+        for key, callback in (
+            ("gpu_memory", callbacks.GPUMemory),
+            ("optimizer_state", callbacks.OptimizerState),
+            ("update_sparsity", callbacks.UpdateSparsity),
+            ("completions", callbacks.CompletionTable),
+            ("interrupt", callbacks.SaveOnInterrupt),
+            ("checkpoint", ModelCheckpoint),
+        ):
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_argument(
+            "--validate_first",
+            type=bool,
+            default=True,
+            help="Measure before the first step, so that curves have a start.",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, logging to `runs/NAME/version_K` unless the YAML names loggers."""
+        if self._get(self.config_init, "trainer").get("logger") in (None, True):
+            kwargs["logger"] = default_loggers(self.run_name)
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """The measure that the curve starts from."""
+        resumes = self._get(self.config, "ckpt_path")
+        limit = self.trainer.limit_val_batches
+        if self._get(self.config, "validate_first") and not resumes and limit:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Where the run's files are."""
+        if self.trainer.is_global_zero:
+            print(f"run folder: {self.trainer.log_dir}")
+
+
+def default_loggers(name: str) -> list[Logger]:
+    """CSV always, TensorBoard when installed, in one run folder."""
+    csv = CSVLogger(RUNS, name=name, flush_logs_every_n_steps=1)
+    if importlib.util.find_spec("tensorboard") is None:
+        return [csv]
+    return [csv, TensorBoardLogger(RUNS, name=name, version=csv.version)]
+
+
+def quieten() -> None:
+    """Silence what tells a user of this program nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for text in (
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",
+    ):
+        warnings.filterwarnings("ignore", text)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.WARNING)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not message.startswith(("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1"))
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its files."""
+    return Path(trainer.log_dir or trainer.default_root_dir)

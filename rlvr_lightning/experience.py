@@ -1,0 +1,82 @@
+"""Rollouts with what was worked out of their rewards, and how they are cut into optimizer steps and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlvr_lightning.schema import Rollouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How a batch of rollouts is cut up."""
+
+    micro_batch: int = 32
+    """Completions in one forward and backward pass. Costs memory, changes no gradient. Divides the group size or is a
+    multiple of it."""
+    minibatches: int = 1
+    """Optimizer steps the rollouts are split into; must divide `prompts_per_step`. 1 is strictly on-policy."""
+    passes: int = 1
+    """Times the rollouts are gone through."""
+    rollout_batch: int = 256
+    """Completions decoded at once. Bounds the KV cache, changes no completion."""
+
+    def check(self, group_size: int) -> None:
+        """Raise ValueError where the sizes cannot work with a group size."""
+        micro = self.micro_batch
+        if micro < 1 or (group_size % micro and micro % group_size):
+            raise ValueError(
+                f"batching.micro_batch ({micro}) must divide group_size ({group_size}) or be a multiple of it"
+            )
+        for name in ("minibatches", "passes", "rollout_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batching.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What one batch of rollouts teaches."""
+
+    rollouts: Rollouts
+    advantages: Tensor
+    """float32 [R]"""
+    mask: Tensor
+    """bool [R, T]: tokens that count in the loss."""
+    ref_logprobs: Tensor | None = None
+    """float32 [R, T], or None without a KL term."""
+
+    def select(self, prompts: list[int]) -> Experience:
+        """Some prompts' groups."""
+        rows = self.rollouts.rows(prompts)
+        return Experience(
+            rollouts=self.rollouts.select(prompts),
+            advantages=self.advantages[rows],
+            mask=self.mask[rows],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
+        )
+
+    def minibatches(self, count: int, seed: int) -> Iterator[Experience]:
+        """Split the prompts, shuffled, into `count` equal parts (into one: as it is)."""
+        prompts = len(self.rollouts.prompt_ids)
+        if count == 1:
+            yield self
+            return
+        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()
+        size = prompts // count
+        for start in range(0, size * count, size):
+            yield self.select(sorted(order[start : start + size]))
+
+    def micro_batches(self, size: int) -> Iterator[Experience]:
+        """Cut into at most `size` completions; prompts of like length together, so that little is padded."""
+        group = self.rollouts.group
+        whole = self if size >= group else replace(self, rollouts=self.rollouts.split_groups(group // size))
+        rollouts = whole.rollouts
+        tokens = rollouts.lengths.view(len(rollouts.prompt_ids), -1).sum(1).tolist()
+        order = sorted(range(len(tokens)), key=lambda p: tokens[p] + len(rollouts.prompt_ids[p]))
+        prompts = max(1, size // group)
+        for start in range(0, len(order), prompts):
+            yield whole.select(order[start : start + prompts])

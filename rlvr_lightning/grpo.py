@@ -1,0 +1,432 @@
+"""GRPO: group-relative policy optimization around a policy and a frozen reference.
+
+One training step is one batch of prompts and everything that follows from it::
+
+    prompts -> G completions each -> rewards -> advantages -> [passes x minibatches] of clipped policy gradient
+
+    loss = sum_t w_t * ( -min(ratio_t A, clip(ratio_t) A) + kl_coef * KL(policy || reference)_t )
+
+What differs from the paper (arXiv 2402.03300), on purpose:
+
+- the ratio's denominator is the sampler's own log-prob, not a second forward pass of the trainer;
+- tokens are weighted over the whole optimizer step (`Objective.normalization`), whatever the micro-batches;
+- a group whose rewards are all equal has no gradient, so it is neither run forward nor backward (its tokens still count
+  in the denominator, so that skipping changes no gradient), unless a KL or entropy term needs it;
+- the KL term is off by default, and then no reference exists.
+
+The loss starts near 0 and stays there: the ratio is 1 and the advantages of a group sum to 0. Watch the reward.
+
+Run it: ``python -m rlvr_lightning fit --config sgd.yaml``
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
+from rlvr_lightning.experience import Batching, Experience
+from rlvr_lightning.learning_rate import with_warmup
+from rlvr_lightning.losses import Counts, Objective, policy_loss
+from rlvr_lightning.policy import LoRA, Policy, Reference, load_model, load_tokenizer, resolve_model
+from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rewards.score import Scores, score
+from rlvr_lightning.rollout import HFEngine, stop_token_ids
+from rlvr_lightning.schema import Rollouts, Sample, Sampling
+from rlvr_lightning.seeds import derive_seed
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handling:
+    """What happens to completions and groups that teach little."""
+
+    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    """Completions cut by the length limit: scored as they are, left out of the loss, or docked by 1."""
+    resample_rounds: int = 0
+    """Times a group without reward variance is drawn again before it is skipped."""
+    max_failed_frac: float = 0.1
+    """Stop when a larger share of a batch's completions made a reward raise or return NaN (they score 0)."""
+
+
+class GRPO(LightningModule):
+    """Train a causal LM on verifiable rewards.
+
+    Args:
+        model: the policy: `tiny`, `smollm2`, a folder, or a hub name. The reference is its state at the start.
+        rewards: parts of the reward by name; the first is the verifier that `validate` counts.
+        optimizer: any torch optimizer; called with the trainable parameters.
+        reward_weights: weight of each part; 1 where not given.
+        scheduler: learning-rate schedule, stepped after each optimizer step; None keeps the rate.
+        warmup_steps: optimizer steps over which the rate rises linearly to its value.
+        group_size: completions per prompt, G.
+        advantage: how a reward is compared with its group (see `group_advantages`).
+        objective: the loss.
+        sampling: how completions are drawn in training.
+        stop: strings that end a completion, such as a newline; matched against single tokens.
+        batching: sizes.
+        handling: truncated completions, groups without signal, failing rewards.
+        max_grad_norm: clip the gradient's global norm to this; 0 turns it off (unclipped SGD can destroy a model).
+        val_samples: sampled completions per problem in validation, beside the greedy one.
+        lora: train adapters of this shape instead of the weights.
+        dtype: of the stored weights.
+        activation_checkpointing: recompute layers in the backward pass: less memory, about a third more time.
+        seed: of sampling; use the run's seed.
+
+    Raises:
+        ValueError: settings that cannot work together, before any weights are loaded.
+    """
+
+    def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
+        self,
+        model: str,
+        rewards: dict[str, Reward],
+        optimizer: OptimizerCallable,
+        reward_weights: dict[str, float] | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        group_size: int = 8,
+        advantage: Baseline = "mean_std",
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
+        sampling: Sampling = Sampling(),  # noqa: B008
+        stop: list[str] | None = None,
+        batching: Batching = Batching(),  # noqa: B008
+        handling: Handling = Handling(),
+        max_grad_norm: float = 1.0,
+        val_samples: int = 4,
+        lora: LoRA | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_checkpointing: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        _check(group_size, batching, sampling, rewards, reward_weights)
+        self.model_name = resolve_model(model)
+        self.tokenizer = load_tokenizer(self.model_name)
+        self.rewards, self.reward_weights = rewards, reward_weights or {}
+        self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
+        self.group_size, self.advantage, self.objective = group_size, advantage, objective
+        self.sampling, self.stop, self.batching, self.handling = sampling, stop or [], batching, handling
+        self.max_grad_norm, self.val_samples = max_grad_norm, val_samples
+        self.lora, self.weights_dtype = lora, getattr(torch, dtype)
+        self.activation_checkpointing, self.seed = activation_checkpointing, seed
+        self.policy: Policy | None = None  # type: ignore[assignment]
+        self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
+        self.phase_listeners: list[Callable[[str], None]] = []
+        self.last_samples: list[Record] = []
+
+    # ---- building ----
+
+    def configure_model(self) -> None:
+        """Load the policy, the reference if a KL term needs one, and the engine around the policy's own weights."""
+        if self.policy is not None:
+            return
+        model = load_model(self.model_name, self.weights_dtype)
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = Policy(self.lora.adapt(model) if self.lora else model)
+        needs_reference = self.objective.kl_coef > 0
+        self.reference = Reference(self.policy) if needs_reference else None
+        stops = stop_token_ids(self.tokenizer, self.stop)
+        pad = self.tokenizer.pad_token_id
+        self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over trainable parameters, with its schedule."""
+        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        scheduler = with_warmup(optimizer, self.make_scheduler, self.warmup_steps)
+        return [optimizer], [] if scheduler is None else [scheduler]
+
+    def setup(self, stage: str) -> None:
+        """Check what the data module's batch size must divide into."""
+        prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None)
+        if stage == "fit" and prompts is not None and prompts % (self.batching.minibatches * self.trainer.world_size):
+            raise ValueError(
+                f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
+                f"({self.batching.minibatches}) times the number of processes ({self.trainer.world_size})"
+            )
+
+    def on_save_checkpoint(self, checkpoint: Record) -> None:
+        """Keep the count that seeds sampling."""
+        checkpoint["rollout_step"] = self.rollout_step
+
+    def on_load_checkpoint(self, checkpoint: Record) -> None:
+        """Continue the count that seeds sampling."""
+        self.rollout_step = checkpoint.get("rollout_step", 0)
+
+    # ---- one training step ----
+
+    def training_step(self, batch: list[Record], batch_idx: int) -> None:
+        """Sample, score, learn."""
+        started = time.perf_counter()
+        records = batch[self.global_rank :: self.trainer.world_size]
+        rollouts, scores, seconds = self.rollout(records)
+        self._log_scores(rollouts, scores)
+        experience = self.judge(rollouts, scores, records)
+        learning = time.perf_counter()
+        self.learn(experience)
+        self._phase("")
+        now = time.perf_counter()
+        tokens = int(rollouts.lengths.sum())
+        timing = {
+            "time/train_s": now - learning,
+            "time/step_s": now - started,
+            "tokens/per_s": tokens / (now - started),
+        }
+        self.log_dict(seconds | timing)
+        self.rollout_step += 1
+
+    def rollout(self, records: list[Record]) -> tuple[Rollouts, Scores, dict[str, float]]:
+        """Sample G completions of each prompt and score them; draw again, if asked to, groups without signal."""
+        rollouts, scores, seconds = self._sample_and_score(records, round_=0)
+        for round_ in range(1, self.handling.resample_rounds + 1):
+            dull = (~has_signal(scores.total, self.group_size)).nonzero()[:, 0].tolist()
+            if not dull:
+                break
+            again, rescored, more = self._sample_and_score([records[p] for p in dull], round_)
+            scores = scores.with_replaced(rollouts.rows(dull), rescored)
+            rollouts = rollouts.with_replaced(dull, again)
+            seconds = {name: value + more[name] for name, value in seconds.items()}
+        return rollouts, scores, seconds
+
+    def _sample_and_score(self, records: list[Record], round_: int) -> tuple[Rollouts, Scores, dict[str, float]]:
+        self._phase("rollout")
+        started = time.perf_counter()
+        prompts = [r["prompt_ids"] for r in records]
+        seeds = [derive_seed(self.seed, self.rollout_step, r["index"], round_) for r in records]
+        rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
+        self._phase("reward")
+        sampled = time.perf_counter()
+        scores = self.score(rollouts, records)
+        if scores.failed > self.handling.max_failed_frac * len(scores.total):
+            raise RuntimeError(
+                f"rewards failed on {scores.failed} of {len(scores.total)} completions, more than "
+                f"handling.max_failed_frac={self.handling.max_failed_frac}; see {self._failures_file()}"
+            )
+        return rollouts, scores, {"time/rollout_s": sampled - started, "time/reward_s": time.perf_counter() - sampled}
+
+    def score(self, rollouts: Rollouts, records: list[Record]) -> Scores:
+        """Rewards of completions; [R] tensors on the CPU."""
+        samples = self.samples(rollouts, records)
+        return score(self.rewards, self.reward_weights, samples, self._failures_file())
+
+    def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
+        """Decoded completions beside their records, as rewards see them."""
+        samples = []
+        ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
+        for r, (row, length, cut) in enumerate(zip(ids, lengths, rollouts.truncated.tolist(), strict=True)):
+            record = records[r // rollouts.group]
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            for stop in self.stop:
+                text = text.split(stop, 1)[0]
+            samples.append(
+                Sample(prompt=record["prompt"], text=text, token_ids=row[:length], record=record, truncated=cut)
+            )
+        return samples
+
+    def judge(self, rollouts: Rollouts, scores: Scores, records: list[Record]) -> Experience:
+        """Advantages, the mask of tokens that count, and the reference's log-probs."""
+        rewards = scores.total.to(rollouts.completion_ids.device)
+        mask = rollouts.completion_mask
+        if self.handling.truncated == "penalize":
+            rewards = rewards - rollouts.truncated.float()
+        elif self.handling.truncated == "mask":
+            mask = mask & ~rollouts.truncated[:, None]
+        advantages = group_advantages(rewards, self.group_size, self.advantage)
+        self._keep_samples(rollouts, records, scores, advantages)
+        ref_logprobs = None
+        if self.reference is not None:
+            self._phase("reference")
+            ref_logprobs = self._without_grad(self.reference.logprobs, rollouts)
+        return Experience(rollouts=rollouts, advantages=advantages, mask=mask, ref_logprobs=ref_logprobs)
+
+    def _without_grad(self, logprobs: Callable[[Rollouts, float], Tensor], rollouts: Rollouts) -> Tensor:
+        """[R, T] log-probs in micro-batches of whole prompts."""
+        prompts = max(1, self.batching.micro_batch // self.group_size)
+        total = len(rollouts.prompt_ids)
+        parts = [list(range(start, min(start + prompts, total))) for start in range(0, total, prompts)]
+        with torch.no_grad():
+            return torch.cat([logprobs(rollouts.select(part), self.sampling.temperature) for part in parts])
+
+    def learn(self, experience: Experience) -> None:
+        """All optimizer steps of one batch of rollouts."""
+        totals: dict[str, float] = {}
+        for pass_ in range(self.batching.passes):
+            shuffle = derive_seed(self.seed, self.rollout_step, "minibatches", pass_)
+            for minibatch in experience.minibatches(self.batching.minibatches, shuffle):
+                metrics = self.update(minibatch)
+                if not totals:
+                    self._check_fresh(metrics)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+        self._log_updates(totals)
+
+    def update(self, minibatch: Experience) -> dict[str, float]:
+        """One optimizer step on a minibatch. Returns sums over the tokens that went through the model."""
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        counts = self._global_counts(minibatch.mask)
+        needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
+        live = has_signal(minibatch.advantages, self.group_size) | needs_all
+        live &= minibatch.mask.view(len(live), -1).any(1)
+        metrics = {"tokens": 0.0, "skipped": float((~live).sum()), "steps": 1.0}
+        if live.any():
+            for micro in minibatch.select(live.nonzero()[:, 0].tolist()).micro_batches(self.batching.micro_batch):
+                for name, value in self._forward_backward(micro, counts).items():
+                    metrics[name] = metrics.get(name, 0.0) + value
+        self._phase("optimizer")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
+        if torch.isfinite(norm):
+            metrics["grad_norm"] = float(norm)
+        else:  # one bad batch must not end in NaN weights
+            optimizer.zero_grad()
+            metrics["nonfinite"] = 1.0
+        optimizer.step()  # without any gradient a no-op that keeps `global_step` in time
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+        return metrics
+
+    def _forward_backward(self, micro: Experience, counts: Counts) -> dict[str, float]:
+        self._phase("forward")
+        now = self.policy(micro.rollouts, self.sampling.temperature)
+        out = policy_loss(
+            now.logprobs,
+            micro.rollouts.rollout_logprobs,
+            micro.advantages,
+            micro.mask,
+            self.objective,
+            counts,
+            entropy=now.entropy,
+            ref_logprobs=micro.ref_logprobs,
+        )
+        self._phase("backward")
+        self.manual_backward(out.loss * self.trainer.world_size)  # ranks are averaged, the weights are global
+        metrics = {name: float(value) for name, value in out.metrics.items()}
+        return metrics | {"tokens": float(micro.mask.sum()), "loss": float(out.loss.detach())}
+
+    def _global_counts(self, mask: Tensor) -> Counts:
+        local = torch.stack([mask.sum(), mask.any(1).sum()])
+        tokens, completions = self.trainer.strategy.reduce(local.float(), reduce_op="sum").long().tolist()  # type: ignore[union-attr]
+        return Counts(tokens=tokens, completions=completions, max_tokens=self.sampling.max_tokens)
+
+    # ---- validation ----
+
+    def validation_step(self, batch: list[Record], batch_idx: int) -> None:
+        """Greedy and sampled pass@1 of each benchmark in the batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: list[Record], batch_idx: int) -> None:
+        """As `validation_step`, on the test problems."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: list[Record], split: str) -> None:
+        records = batch[self.global_rank :: self.trainer.world_size]
+        prompts = [r["prompt_ids"] for r in records]
+        seeds = [derive_seed(self.seed, -1, r["index"], 0) for r in records]  # the same draws at every validation
+        modes = {"greedy_pass@1": (replace(self.sampling, temperature=0.0), 1)}
+        if self.val_samples:
+            modes["pass@1"] = (replace(self.sampling, temperature=1.0), self.val_samples)
+        verifier = next(iter(self.rewards))
+        for mode, (sampling, group) in modes.items():
+            rollouts = self.engine.generate(prompts, group, sampling, seeds)
+            parts = self.score(rollouts, records).parts[verifier]
+            passed = (parts >= 1.0).float().view(len(records), group).mean(1)
+            for benchmark in dict.fromkeys(r["benchmark"] for r in records):
+                rows = [i for i, r in enumerate(records) if r["benchmark"] == benchmark]
+                name = f"{split}/{benchmark}/{mode}"
+                show = mode == "pass@1"
+                self.log(name, passed[rows].mean(), batch_size=len(rows), on_epoch=True, sync_dist=True, prog_bar=show)
+
+    # ---- telling ----
+
+    def _phase(self, name: str) -> None:
+        for listener in self.phase_listeners:
+            listener(name)
+
+    def _failures_file(self) -> Path:
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "reward_failures.jsonl"
+
+    def _check_fresh(self, metrics: dict[str, float]) -> None:
+        """Before the first update the policy *is* the sampler: say so loudly when it is not."""
+        if not metrics["tokens"]:
+            return
+        ratio = metrics["ratio"] / metrics["tokens"]
+        self.log("policy/fresh_ratio_mean", ratio)
+        truncated_sampling = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        if abs(ratio - 1) > 0.01 and not truncated_sampling:
+            rank_zero_warn(f"policy/fresh_ratio_mean is {ratio:.4f}, not 1: the sampler's weights are not the policy's")
+
+    def _log_scores(self, rollouts: Rollouts, scores: Scores) -> None:
+        lengths = rollouts.lengths.float()
+        self.log("reward/mean", scores.total.mean(), prog_bar=True, sync_dist=True)
+        self.log("response/length_mean", lengths.mean(), prog_bar=True, sync_dist=True)
+        values = {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
+        values |= {
+            "reward/std": scores.total.std(),
+            "reward/no_signal_frac": (~has_signal(scores.total, self.group_size)).float().mean(),
+            "reward/failed": float(scores.failed),
+            "response/truncated_frac": rollouts.truncated.float().mean(),
+        }
+        self.log_dict(values, sync_dist=True)
+
+    def _log_updates(self, totals: dict[str, float]) -> None:
+        steps = totals["steps"]
+        values = {
+            "train/loss": totals.get("loss", 0.0) / steps,
+            "train/skipped_groups": totals["skipped"],
+            "train/nonfinite_steps": totals.get("nonfinite", 0.0),
+            "update/grad_norm": totals.get("grad_norm", 0.0) / steps,
+            "update/lr": self.optimizers().param_groups[0]["lr"],
+        }
+        names = {"ratio_mean": "ratio", "clip_frac": "clipped", "entropy": "entropy", "rollout_kl": "rollout_kl"}
+        if totals["tokens"]:
+            values |= {f"policy/{name}": totals[key] / totals["tokens"] for name, key in names.items()}
+            if "kl" in totals:
+                self.log("policy/kl", totals["kl"] / totals["tokens"], prog_bar=True, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
+
+    def _keep_samples(self, rollouts: Rollouts, records: list[Record], scores: Scores, advantages: Tensor) -> None:
+        """For callbacks that show or store completions."""
+        self.last_samples = [
+            {
+                "step": self.rollout_step,
+                "prompt": sample.prompt,
+                "completion": sample.text,
+                "reward": float(scores.total[r]),
+                "parts": {name: float(part[r]) for name, part in scores.parts.items()},
+                "advantage": float(advantages[r]),
+                "truncated": sample.truncated,
+            }
+            for r, sample in enumerate(self.samples(rollouts, records))
+        ]
+
+
+def _check(
+    group_size: int,
+    batching: Batching,
+    sampling: Sampling,
+    rewards: dict[str, Reward],
+    reward_weights: dict[str, float] | None,
+) -> None:
+    """Settings that cannot work, found before anything is loaded."""
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}: a group of one has no baseline")
+    batching.check(group_size)
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature must be positive in training: greedy groups are all alike")
+    if not rewards:
+        raise ValueError("rewards must name at least one reward")
+    if unknown := set(reward_weights or {}) - set(rewards):
+        raise ValueError(f"reward_weights names {sorted(unknown)}, rewards has {sorted(rewards)}")

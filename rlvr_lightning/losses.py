@@ -1,0 +1,172 @@
+"""Policy-gradient losses on tokens. Pure functions: tensors in, tensors out.
+
+Every loss is a weighted *sum* over tokens, and the weights come from counts of the whole optimizer step (all
+micro-batches, all ranks). So accumulation and sharding cannot change a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlvr_lightning.schema import LossOutput
+
+KLEstimator = Literal["k1", "k2", "k3"]
+Normalization = Literal["token", "sequence", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The clipped surrogate and its terms."""
+
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token (GRPO), or the geometric mean over its completion (GSPO)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low. GSPO wants about 3e-4."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high (DAPO: 0.28). GSPO wants about 4e-4."""
+    normalization: Normalization = "token"
+    """token: every token weighs 1 / all tokens of the step; sequence: every completion weighs the same;
+    constant: every token weighs 1 / (completions * max_tokens), free of length bias (Dr. GRPO)."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || reference). 0: no reference is built at all."""
+    kl_estimator: KLEstimator = "k3"
+    """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, where d = log policy - log reference."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Of one optimizer step, over all its micro-batches and ranks."""
+
+    tokens: int
+    """Completion tokens that count in the loss."""
+    completions: int
+    """Completions with at least one such token."""
+    max_tokens: int
+    """The limit on a completion's length."""
+
+
+def kl_divergence(policy_logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -> Tensor:
+    """Estimates of KL(policy || reference) from tokens drawn from the policy (Schulman, "Approximating KL divergence").
+
+    With d = policy - reference: `k1` = d is unbiased and noisy; `k2` = d^2 / 2 is biased, of low variance, and its
+    gradient is that of the true KL; `k3` = exp(-d) - 1 + d is unbiased and never negative.
+
+    Args:
+        policy_logprobs: float, any shape.
+        ref_logprobs: same shape.
+        estimator: k1, k2 or k3.
+
+    Example:
+        >>> d = torch.tensor([0.0, 1.0])
+        >>> [[round(x, 4) for x in kl_divergence(d, torch.zeros(2), k).tolist()] for k in ("k1", "k2", "k3")]
+        [[0.0, 1.0], [0.0, 0.5], [0.0, 0.3679]]
+    """
+    d = policy_logprobs - ref_logprobs
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.exp(-d) - 1 + d
+    raise ValueError(f"objective.kl_estimator must be k1, k2 or k3, got {estimator!r}")
+
+
+def token_weights(mask: Tensor, normalization: Normalization, counts: Counts) -> Tensor:
+    """What each token weighs in the loss, float32 [R, T]; the weights of a whole step sum to 1 (`constant`: at most 1).
+
+    Args:
+        mask: bool [R, T], tokens that count.
+        normalization: see `Objective`.
+        counts: of the whole step, not of these R completions.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> token_weights(mask, "sequence", Counts(tokens=4, completions=2, max_tokens=5))[:, 0].tolist()
+        [0.1666666716337204, 0.5]
+    """
+    ones = mask.float()
+    if normalization == "token":
+        return ones / max(counts.tokens, 1)
+    if normalization == "sequence":
+        return ones / ones.sum(1, keepdim=True).clamp(min=1) / max(counts.completions, 1)
+    if normalization == "constant":
+        return ones / max(counts.completions * counts.max_tokens, 1)
+    raise ValueError(f"objective.normalization must be token, sequence or constant, got {normalization!r}")
+
+
+def importance_ratio(policy_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
+    """Policy over sampler: [R, T] by token, or [R, 1] by sequence (exp of the mean log-ratio, GSPO, arXiv 2507.18071)."""
+    log_ratio = (policy_logprobs - rollout_logprobs) * mask
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.exp()
+
+
+def policy_loss(
+    policy_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    objective: Objective,
+    counts: Counts,
+    *,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+) -> LossOutput:
+    """The clipped surrogate of PPO with group advantages: the loss of GRPO and, by its settings, of its kin.
+
+    Sum over tokens of w * (-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL -
+    entropy_coef * entropy), with w from `token_weights` (arXiv 2402.03300, eq. 3, up to the normalization).
+
+    Args:
+        policy_logprobs: float32 [R, T], with gradient.
+        rollout_logprobs: float32 [R, T], of the distribution the tokens were drawn from.
+        advantages: float32 [R].
+        mask: bool [R, T].
+        objective: which variant.
+        counts: of the whole optimizer step.
+        entropy: float32 [R, T] of the policy's distributions.
+        ref_logprobs: float32 [R, T]; needed when `kl_coef` is above 0.
+
+    Returns:
+        The loss, and sums over valid tokens of `ratio`, `clipped`, `kl`, `entropy`, `rollout_kl` (k3 of sampler against
+        policy): divide by the token count to log.
+    """
+    # Filled, not multiplied by the mask: a masked token may hold an infinite value, and 0 * inf is NaN.
+    policy_logprobs = policy_logprobs.masked_fill(~mask, 0.0)
+    rollout_logprobs = rollout_logprobs.masked_fill(~mask, 0.0)
+    ratio = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
+    gain = advantages[:, None]
+    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    per_token = -torch.minimum(ratio * gain, clipped * gain).expand_as(policy_logprobs)
+    valid = mask.float()
+    with torch.no_grad():
+        was_clipped = ((ratio != clipped) & (ratio * gain > clipped * gain)).expand_as(mask)
+        metrics = {
+            "ratio": (ratio.expand_as(valid) * valid).sum(),
+            "clipped": (was_clipped * valid).sum(),
+            "rollout_kl": (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * valid).sum(),
+        }
+    if objective.kl_coef > 0:
+        assert ref_logprobs is not None, "a KL term needs reference log-probs"
+        ref_logprobs = ref_logprobs.masked_fill(~mask, 0.0)
+        kl = kl_divergence(policy_logprobs, ref_logprobs, objective.kl_estimator)
+        per_token = per_token + objective.kl_coef * kl
+        metrics["kl"] = (kl_divergence(policy_logprobs.detach(), ref_logprobs, "k3") * valid).sum()
+    if entropy is not None:
+        if objective.entropy_coef > 0:
+            per_token = per_token - objective.entropy_coef * entropy
+        metrics["entropy"] = (entropy.detach() * valid).sum()
+    weights = token_weights(mask, objective.normalization, counts)
+    return LossOutput(loss=(per_token * weights).sum(), metrics=metrics)

@@ -1,0 +1,61 @@
+"""Naive second implementations: loops over Python floats, written from the formulas and from nothing else."""
+
+from __future__ import annotations
+
+import math
+
+
+def advantages(rewards: list[float], group: int, baseline: str, eps: float = 1e-4) -> list[float]:
+    out = []
+    for start in range(0, len(rewards), group):
+        own = rewards[start : start + group]
+        for i, reward in enumerate(own):
+            if baseline == "leave_one_out":
+                others = [r for k, r in enumerate(own) if k != i]
+                out.append(reward - sum(others) / len(others))
+                continue
+            mean = sum(own) / group
+            std = math.sqrt(sum((r - mean) ** 2 for r in own) / (group - 1))
+            out.append((reward - mean) / (std + eps) if baseline == "mean_std" else reward - mean)
+    return out
+
+
+def log_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = top + math.log(sum(math.exp(z - top) for z in logits))
+    return [z - total for z in logits]
+
+
+def entropy(logits: list[float]) -> float:
+    return -sum(math.exp(lp) * lp for lp in log_softmax(logits))
+
+
+def kl(policy: float, ref: float, estimator: str) -> float:
+    d = policy - ref
+    return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
+
+
+def policy_loss(policy, old, adv, mask, o, counts, ent=None, ref=None) -> float:
+    """The clipped surrogate over lists of lists; `o` is an Objective, `counts` a Counts."""
+    loss = 0.0
+    for r, row in enumerate(mask):
+        valid = [t for t, on in enumerate(row) if on]
+        if not valid:
+            continue
+        mean_log_ratio = sum(policy[r][t] - old[r][t] for t in valid) / len(valid)
+        for t in valid:
+            ratio = math.exp(policy[r][t] - old[r][t] if o.ratio == "token" else mean_log_ratio)
+            clipped = min(max(ratio, 1 - o.clip_low), 1 + o.clip_high)
+            term = -min(ratio * adv[r], clipped * adv[r])
+            if o.kl_coef:
+                term += o.kl_coef * kl(policy[r][t], ref[r][t], o.kl_estimator)
+            if o.entropy_coef:
+                term -= o.entropy_coef * ent[r][t]
+            if o.normalization == "token":
+                weight = 1 / counts.tokens
+            elif o.normalization == "sequence":
+                weight = 1 / len(valid) / counts.completions
+            else:
+                weight = 1 / (counts.completions * counts.max_tokens)
+            loss += weight * term
+    return loss
