@@ -1,0 +1,132 @@
+"""The attention the engine lends to a model while it generates.
+
+transformers lets a model's attention be any registered function. Ours finds its keys and values not in the arguments
+but in a state object that the engine passes through the model's forward as a keyword: `PromptPass` while prompts are
+read, `rlvr_lightning.rollout.cache.SharedCache` while completions grow. No mask and no transformers cache is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+NAME = "rlvr_rollout"
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # extras of attention that this function would silently leave out
+
+
+class AttentionState(Protocol):
+    """Where keys and values live."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store new keys and values [B, heads, tokens, D]; return the attention output [B, tokens, heads, D]."""
+        ...
+
+
+def rollout_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **extras: Any
+) -> tuple[Tensor, None]:
+    """The function registered with transformers."""
+    for name in UNSUPPORTED:
+        if extras.get(name) is not None:
+            raise ValueError(f"model: its attention uses {name!r}, which HFEngine does not compute; use another engine")
+    scale = extras.get("scaling")
+    state: AttentionState = extras["rollout_state"]
+    return state.attend(module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+
+
+@contextmanager
+def rollout_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode with our attention; its modes and settings come back afterwards, whatever happens."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, rollout_attention)
+    training = [m for m in model.modules() if m.training]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _has_attention(c)}
+    before = [(c, c._attn_implementation) for c in configs.values()]
+    try:
+        for module in training:
+            module.training = False
+        for config, _ in before:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _has_attention(config: Any) -> bool:
+    return hasattr(config, "_attn_implementation")
+
+
+class PromptPass:
+    """One forward pass over several prompts, laid end to end in one row: no padding at all.
+
+    Args:
+        lengths: tokens of each prompt.
+    """
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Causal attention of each prompt to itself."""
+        self.layers[layer] = (key[0], value[0])
+        shared_heads = query.shape[1] != key.shape[1]
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
+        outputs = [
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared_heads)
+            for q, k, v in parts
+        ]
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def keys_values(self, number: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of one prompt by layer, each [heads, S, D]."""
+        start = sum(self.lengths[:number])
+        stop = start + self.lengths[number]
+        return {i: (k[:, start:stop], v[:, start:stop]) for i, (k, v) in self.layers.items()}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention with the log-sum-exp of its scores, by which it can be merged with attention to other keys.
+
+    Args:
+        query: float [B, M, D].
+        key: float [B, N, D].
+        value: float [B, N, D].
+        bias: float [B, 1, N], added to the scores: 0, or -inf where a key does not count. None means all count.
+        scale: multiplies the dot products.
+
+    Returns:
+        [B, M, D] output and float32 [B, M, 1] log-sum-exp.
+    """
+    added, beta = (query.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
+    scores = torch.baddbmm(added, query, key.transpose(1, 2), beta=beta, alpha=scale).float()
+    total = scores.logsumexp(-1, keepdim=True)
+    return torch.bmm(scores.sub_(total).exp_().to(value.dtype), value), total
+
+
+def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two sets of keys from the attention to each.
+
+    Args:
+        one: output [B, M, D] and log-sum-exp [B, M, 1] over the first set.
+        other: the same over the second.
+
+    Returns:
+        [B, M, D], as if the two sets had been one.
+
+    Example:
+        >>> q, kv = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
+        >>> parts = attend(q, kv[:, :4], kv[:, :4], None, 0.3), attend(q, kv[:, 4:], kv[:, 4:], None, 0.3)
+        >>> torch.allclose(merge(*parts), attend(q, kv, kv, None, 0.3)[0], atol=1e-5)
+        True
+    """
+    share = torch.sigmoid(one[1] - other[1])
+    return torch.lerp(other[0], one[0], share.to(one[0].dtype))
