@@ -35,7 +35,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ())
     Raises:
         ValueError: a stop string is empty, or no token contains it, so that it could never stop anything.
     """
-    ids = {int(tokenizer.eos_token_id)}  # type: ignore[arg-type]
+    ids = {int(tokenizer.eos_token_id)}
     if not stop:
         return sorted(ids)
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])

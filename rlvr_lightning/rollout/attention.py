@@ -35,7 +35,8 @@ def rollout_attention(
             raise ValueError(f"model: its attention uses {name!r}, which HFEngine does not compute; use another engine")
     scale = extras.get("scaling")
     state: AttentionState = extras["rollout_state"]
-    return state.attend(module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return state.attend(layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
 
 
 @contextmanager
@@ -45,8 +46,9 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register(NAME, rollout_attention)
     training = [m for m in model.modules() if m.training]
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if _has_attention(c)}
-    before = [(c, c._attn_implementation) for c in configs.values()]
+    configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    configs = list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+    before = [(c, c._attn_implementation) for c in configs]
     try:
         for module in training:
             module.training = False
@@ -58,10 +60,6 @@ def rollout_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
         for config, implementation in before:
             config._attn_implementation = implementation
-
-
-def _has_attention(config: Any) -> bool:
-    return hasattr(config, "_attn_implementation")
 
 
 class PromptPass:

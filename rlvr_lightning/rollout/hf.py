@@ -41,7 +41,7 @@ class HFEngine:
         if not getattr(causal_lm, "_supports_attention_backend", False):
             name = type(causal_lm).__name__
             raise ValueError(
-                f"model: {name} does not let its attention be replaced, as HFEngine needs; use another engine"
+                f"model: the attention of {name} cannot be replaced, as HFEngine needs; use another engine"
             )
         self.model = model
         self.config = causal_lm.config.get_text_config()
