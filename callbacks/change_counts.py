@@ -1,0 +1,121 @@
+"""Counting the entries of a tensor that changed, under several definitions; and names of kinds and layers. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type as wide as an entry of so many bytes."""
+
+KINDS = (
+    ("norm", re.compile(r"norm|(^|\.)ln(_|\d|$)", re.IGNORECASE)),
+    ("lm_head", re.compile(r"(^|\.)(lm_head|output_layer|embed_out)(\.|$)", re.IGNORECASE)),
+    ("embedding", re.compile(r"embed|(^|\.)w[tp]e(\.|$)", re.IGNORECASE)),
+    ("attention", re.compile(r"attn|attention|(^|\.)[qkvo]_proj(\.|$)", re.IGNORECASE)),
+    (
+        "mlp",
+        re.compile(r"mlp|ffn|feed_?forward|expert|(^|\.)(gate|up|down)_proj(\.|$)|(^|\.)fc\d?(\.|$)", re.IGNORECASE),
+    ),
+)
+LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.|$)")
+
+
+def kind_of(name: str) -> str:
+    """What a parameter is part of, by its name; a norm inside attention is a norm.
+
+    >>> kind_of("model.layers.3.self_attn.q_norm.weight"), kind_of("model.embed_tokens.weight"), kind_of("bias")
+    ('norm', 'embedding', 'other')
+    """
+    return next((kind for kind, pattern in KINDS if pattern.search(name)), "other")
+
+
+def layer_of(name: str) -> str:
+    """The number of the layer a parameter belongs to, or `none`.
+
+    >>> layer_of("model.layers.12.mlp.up_proj.weight"), layer_of("lm_head.weight")
+    ('12', 'none')
+    """
+    found = LAYER.search(name)
+    return found[1] if found else "none"
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory seen as integers, so that comparing treats NaN like any other pattern."""
+    return tensor.view(BITS[tensor.element_size()])
+
+
+def _differ(old: Tensor, new: Tensor) -> Tensor:
+    """Mask of entries whose bits differ; this makes -0.0 differ from 0.0, and a NaN equal to itself."""
+    return bits(old) != bits(new)
+
+
+def _bf16(old: Tensor, new: Tensor) -> Tensor:
+    return _differ(old.to(torch.bfloat16), new.to(torch.bfloat16))
+
+
+def _further_than(old: Tensor, new: Tensor, bound: Tensor | float) -> Tensor:
+    """Mask of |new - old| > bound, where anything that is not an ordinary number within the bound is further."""
+    distance = (new - old).abs_()
+    if isinstance(bound, Tensor):
+        bound.clamp_(max=torch.finfo(bound.dtype).max)  # infinity is never within a bound, not even an infinite one
+    return (distance <= bound).logical_not_()
+
+
+def _tol(old: Tensor, new: Tensor) -> Tensor:
+    old16, new16 = old.to(torch.bfloat16), new.to(torch.bfloat16)
+    return _further_than(old16.float(), new16.float(), 1e-5).logical_and_(_differ(old16, new16))
+
+
+def _rel(old: Tensor, new: Tensor) -> Tensor:
+    wide = torch.promote_types(old.dtype, torch.float32)
+    before, after = old.to(wide), new.to(wide)
+    bound = torch.maximum(before.abs(), after.abs()).mul_(1e-3)
+    return _further_than(before, after, bound).logical_and_(_differ(old, new))
+
+
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bf16": _bf16,
+    "tol1e-5": _tol,
+    "rel1e-3": _rel,
+    "fp32": _differ,
+}
+"""Masks of changed entries, by name: see `count_changed`."""
+
+
+def count_changed(old: Tensor, new: Tensor, definitions: Sequence[str]) -> Tensor:
+    """How many entries changed, all of them and those that were exactly zero before.
+
+    - `bf16`: the bits of the values rounded to bf16 differ;
+    - `tol1e-5`: and those bf16 values are further apart than 1e-5;
+    - `rel1e-3`: the stored values are further apart than 1e-3 * max(|old|, |new|);
+    - `fp32`: the stored bits differ at all, whatever the stored type.
+
+    Args:
+        old: [n] values before.
+        new: [n] values after, same dtype and device.
+        definitions: names from the list above.
+
+    Returns:
+        int64 [1 + definitions, 2], on the tensors' device: first row the entries [all, zero before], then those of
+        them that changed.
+
+    >>> old, new = torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.tensor([1e-9, 1.0, 1.0001, 3.0])
+    >>> count_changed(old, new, ["bf16", "tol1e-5", "rel1e-3", "fp32"]).tolist()
+    [[4, 1], [2, 1], [1, 0], [2, 1], [3, 1]]
+    """
+    counts = torch.zeros(1 + len(definitions), 2, dtype=torch.int64, device=old.device)
+    zero = old == 0
+    zeros = int(zero.sum())
+    counts[0, 0], counts[0, 1] = old.numel(), zeros
+    if torch.equal(bits(old), bits(new)):
+        return counts
+    for row, name in enumerate(definitions, start=1):
+        changed = DEFINITIONS[name](old, new)
+        counts[row, 0] = changed.sum()
+        if zeros:
+            counts[row, 1] = (changed & zero).sum()
+    return counts

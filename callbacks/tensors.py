@@ -1,0 +1,65 @@
+"""Local parts of tensors that may be sharded, and counting bytes without counting a storage twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds: the local shard of a DTensor, any other tensor as it is; detached."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def first_copy(tensor: Tensor) -> bool:
+    """Whether this rank holds the first copy of its part; False on the other ranks a DTensor is replicated over."""
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    return all(at == 0 for at, place in zip(coordinate, tensor.placements, strict=True) if not place.is_shard())
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors without those that alias an earlier one whole (tied weights)."""
+    seen: set[object] = set()
+    kept = []
+    for tensor in tensors:
+        part = local_part(tensor)
+        key: object = (part.device, part.data_ptr(), part.numel()) if part.numel() and part.data_ptr() else id(tensor)
+        if key not in seen:
+            seen.add(key)
+            kept.append(tensor)
+    return kept
+
+
+class ByteCounter:
+    """Adds up bytes; a storage never counts for more than it holds, however many tensors look at it.
+
+    >>> counter, weight = ByteCounter(), torch.zeros(3, 5)
+    >>> counter.add(weight), counter.add(weight.t())
+    (60, 0)
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[tuple[torch.device, int], int] = {}
+
+    def add(self, tensor: Tensor) -> int:
+        """Bytes that this tensor's local part holds and no earlier tensor has accounted for."""
+        part = local_part(tensor)
+        storage = part.untyped_storage()
+        key = (part.device, storage.data_ptr())
+        left = self._left.get(key, storage.nbytes())
+        size = min(part.numel() * part.element_size(), left)
+        self._left[key] = left - size
+        return size
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the local parts of some tensors, shared storages once."""
+    counter = ByteCounter()
+    return sum(counter.add(tensor) for tensor in tensors)
