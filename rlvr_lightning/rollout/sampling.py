@@ -126,7 +126,7 @@ def inverse_cdf(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """int64 [n, 1]: first index whose cumulative sum exceeds the target; if rounding leaves none, the last with mass."""
+    """int64 [n, 1]: first index whose cumulative sum exceeds the target; if rounding leaves none, last with mass."""
     above = (cumulative <= target).sum(-1, keepdim=True)
     return above.minimum((cumulative < cumulative[:, -1:]).sum(-1, keepdim=True))
 
