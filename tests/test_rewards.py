@@ -79,7 +79,9 @@ class Always(Reward):
 
 def test_total_is_the_weighted_sum():
     samples = [sample("1"), sample("-2"), sample("0.5")]
-    scores = score({"a": Numbers(), "b": Always(1, 2, 3), "c": Always(5, 5, 5)}, {"a": 2.0, "b": -1.0, "c": 0.0}, samples)
+    scores = score(
+        {"a": Numbers(), "b": Always(1, 2, 3), "c": Always(5, 5, 5)}, {"a": 2.0, "b": -1.0, "c": 0.0}, samples
+    )
     assert scores.total.tolist() == [1.0, -6.0, -2.0] and scores.total.dtype == torch.float32
     assert scores.parts["b"].tolist() == [1.0, 2.0, 3.0] and scores.failed == 0
     assert score({"a": Numbers()}, {}, samples).total.tolist() == [1.0, -2.0, 0.5]

@@ -6,17 +6,19 @@ leaves 0..99. It is worked out like this, and only the number after `answer` is 
     prompt      47+8-5+9=
     completion  +8=55 -5=50 +9=59 answer 59
 
-The demonstrations are what a mediocre class would hand in. At each step the writer may slip (write a wrong total and
-go on from it) or lose patience: state the total reached so far as the answer, the sooner the more is left to do. A
-model that imitates them well therefore knows how to do every step and yet gets most long problems wrong, greedily as
-well as sampled. Reinforcement learning from it elicits and sharpens a skill that is there; it does not teach
-arithmetic from nothing. The splits share no problem: which split a problem is in is a function of the problem.
+The demonstrations are what a mediocre class would hand in. A few of the writers are patient. The others may lose
+patience after each step, the sooner the more is left to do, and state the total reached so far as the answer; and
+anyone may slip, that is, write a wrong total and go on from it. A model that imitates them well therefore knows how to
+do every step and yet gets most long problems wrong, greedily as well as sampled. Reinforcement learning from it elicits
+and sharpens a skill that is there; it does not teach arithmetic from nothing. The splits share no problem: which split
+a problem is in is a function of the problem.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from rlvr_lightning.data.prompts import PromptSource
@@ -41,7 +43,7 @@ class Arithmetic(PromptSource):
 
     Example:
         >>> Arithmetic(levels=[3], num=2, seed=0, split="val")[0]
-        {'prompt': '38+1+5-3=', 'answer': 41, 'level': 3, 'task': 'arithmetic'}
+        {'prompt': '56+1-7-6=', 'answer': 44, 'level': 3, 'task': 'arithmetic'}
     """
 
     def __init__(self, levels: list[int], num: int, seed: int = 0, split: Split = "train") -> None:
@@ -72,14 +74,16 @@ class ArithmeticDemos(PromptSource):
         num: how many demonstrations.
         seed: which problems and which mistakes.
         slip: chance at each step of writing a wrong total.
-        impatience: chances of stopping early when 1, 2, 3, ... operations are left; the last one serves for more.
+        patient: share of demonstrations that never stop early.
+        impatience: for the others, chances of stopping early when 1, 2, ... operations are left; the last one serves
+            for more.
 
     Example:
-        >>> careful = ArithmeticDemos(levels=[3], num=1, slip=0.0, impatience=[0.0])[0]
+        >>> careful = ArithmeticDemos(levels=[3], num=1, slip=0.0, patient=1.0)[0]
         >>> careful["prompt"], careful["demonstration"]
-        ('55-6+7+2=', '-6=49 +7=56 +2=58 answer 58')
-        >>> ArithmeticDemos(levels=[3], num=1, slip=0.0, impatience=[1.0])[0]["demonstration"]
-        '-6=49 answer 49'
+        ('75-1-4-8=', '-1=74 -4=70 -8=62 answer 62')
+        >>> ArithmeticDemos(levels=[3], num=1, slip=0.0, patient=0.0, impatience=[1.0])[0]["demonstration"]
+        '-1=74 answer 74'
     """
 
     def __init__(
@@ -87,20 +91,21 @@ class ArithmeticDemos(PromptSource):
         levels: list[int],
         num: int,
         seed: int = 0,
-        slip: float = 0.05,
-        impatience: list[float] | None = None,
+        slip: float = 0.04,
+        patient: float = 0.15,
+        impatience: Sequence[float] = (0.35, 0.75, 0.8, 0.85),
     ) -> None:
         check_levels(levels, num)
-        impatience = [0.35, 0.6, 0.7, 0.8] if impatience is None else impatience
-        if not 0 <= slip <= 1 or not impatience or not all(0 <= chance <= 1 for chance in impatience):
-            raise ValueError("slip and impatience are chances: give numbers from 0 to 1")
+        if not impatience or not all(0 <= chance <= 1 for chance in (slip, patient, *impatience)):
+            raise ValueError("slip, patient and impatience are chances: give numbers from 0 to 1")
         rng = random.Random(f"demonstrations/{seed}")
         self._records = []
         for i in range(num):
             level = levels[i % len(levels)]
             prompt = draw(level, rng, "train")
             record = {"prompt": prompt, "answer": totals(prompt)[-1], "level": level, "task": "arithmetic"}
-            self._records.append(record | {"demonstration": demonstrate(prompt, slip, impatience, rng)})
+            writer = [0.0] if rng.random() < patient else impatience
+            self._records.append(record | {"demonstration": demonstrate(prompt, slip, writer, rng)})
 
     def __len__(self) -> int:
         return len(self._records)
@@ -148,8 +153,8 @@ def split_of(prompt: str) -> Split:
     """The split a problem belongs to, from a hash of its text.
 
     Example:
-        >>> [split_of(f"{start}+1=") for start in (10, 11, 18, 45)]
-        ['train', 'train', 'val', 'test']
+        >>> [split_of(f"{start}+1=") for start in (19, 20, 21, 22)]
+        ['train', 'val', 'train', 'test']
     """
     part = hashlib.sha256(prompt.encode()).digest()[0] % 10  # 256 is not a multiple of 10: a bias of 1 % or less
     return "val" if part == 0 else "test" if part == 1 else "train"
@@ -173,7 +178,7 @@ def totals(prompt: str) -> list[int]:
     return reached
 
 
-def demonstrate(prompt: str, slip: float, impatience: list[float], rng: random.Random) -> str:
+def demonstrate(prompt: str, slip: float, impatience: Sequence[float], rng: random.Random) -> str:
     """A completion as one of the demonstrators would write it."""
     total = int(prompt[:2])
     todo = changes(prompt)
