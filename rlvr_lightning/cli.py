@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlvr_lightning import callbacks
+from rlvr_lightning.config_errors import Parser
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 
 RUNS = "runs"
@@ -79,6 +80,7 @@ class RLVRCLI(LightningCLI):
                     "enable_model_summary": False,
                     "use_distributed_sampler": False,  # prompts are split by the module
                 },
+                parser_class=Parser,
                 parser_kwargs={"parser_mode": "omegaconf+"},
                 args=argv,
             )

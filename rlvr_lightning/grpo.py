@@ -210,7 +210,7 @@ class GRPO(LightningModule):
         sampled = time.perf_counter()
         scores = self.score(rollouts, records)
         if scores.failed > self.handling.max_failed_frac * len(scores.total):
-            raise RuntimeError(
+            raise ValueError(
                 f"rewards failed on {scores.failed} of {len(scores.total)} completions, more than "
                 f"handling.max_failed_frac={self.handling.max_failed_frac}; see {self._failures_file()}"
             )

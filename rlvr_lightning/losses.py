@@ -106,7 +106,7 @@ def token_weights(mask: Tensor, normalization: Normalization, counts: Counts) ->
 
 
 def importance_ratio(policy_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
-    """Policy over sampler: [R, T] by token, or [R, 1] by sequence (exp of the mean log-ratio, GSPO, arXiv 2507.18071)."""
+    """Policy over sampler: [R, T] by token, or [R, 1] by sequence (exp of the mean log-ratio; GSPO, 2507.18071)."""
     log_ratio = (policy_logprobs - rollout_logprobs) * mask
     if level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)

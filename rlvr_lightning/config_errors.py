@@ -1,0 +1,72 @@
+"""One line for a mistake in a config, out of the many that the argument parser prints."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from argparse import ArgumentError
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+BOILERPLATE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Validation failed"
+    r"|Expected a path but|Problem with given class_path|Parser key \"|^$"
+)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser without a page of usage in front of each error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with one line and status 2; inner parsers hand their message to the outer one."""
+        if not self.exit_on_error:
+            raise ArgumentError(None, message) from ex
+        self.exit(2, f"error: {condense(message)}\n")
+        raise AssertionError("exit returned")
+
+
+def condense(message: str) -> str:
+    """The place and the reason of a parser's nested message, with a near name where one is unknown.
+
+    Example:
+        >>> condense('''Parser key "model":
+        ...   Does not validate against any of the Union subtypes
+        ...   Errors:
+        ...     - Problem with given class_path 'rlvr_lightning.schema.Sampling':
+        ...         Option 'max_token' is not accepted
+        ...     - Expected a <class 'NoneType'>''')
+        "model: unknown option 'max_token' of Sampling; did you mean 'max_tokens'?"
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    place = ".".join(key for line in lines for key in re.findall(r'^Parser key "([^"]+)"', line))
+    class_paths = [path for line in lines for path in re.findall(r"given class_path '([^']+)'", line)]
+    reasons = [line for line in lines if not BOILERPLATE.search(line)] or [lines[0]]
+    reason = plainer(" ".join(reasons) if "parsing config" in reasons[0] else reasons[0])
+    class_paths += re.findall(r"class_path='([^']+)'", reason)
+    if (unknown := re.match(r"Option '([^']+)' is not accepted", reason)) and class_paths:
+        reason = unknown_option(unknown[1], class_paths[-1])
+    return f"{place}: {reason}" if place else reason
+
+
+def plainer(reason: str) -> str:
+    """A parser's sentence in a user's words.
+
+    Example:
+        >>> plainer("Expected a typing.Literal['mean', 'mean_std']. Got value: median")
+        "expected one of ['mean', 'mean_std'], got median"
+    """
+    reason = re.sub(r"Type typing\.Callable\[.*?\] expects a function or a callable class: ", "", reason)
+    reason = re.sub(r"<class '(\w+)'>", r"\1", reason)
+    return reason.replace("Expected a typing.Literal", "expected one of ").replace(". Got value:", ", got")
+
+
+def unknown_option(option: str, class_path: str) -> str:
+    """Says which class does not know the option, and which options come near or exist."""
+    module, _, name = class_path.rpartition(".")
+    known = [p for p in inspect.signature(getattr(importlib.import_module(module), name)).parameters if p != "self"]
+    near = difflib.get_close_matches(option.split(".")[0], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+    return f"unknown option {option!r} of {name}; {hint}"
