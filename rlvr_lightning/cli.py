@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import sys
+import time
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from jsonargparse import set_parsing_settings
@@ -17,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlvr_lightning import callbacks
-from rlvr_lightning.config_errors import Parser
+from rlvr_lightning.config_errors import Parser, condense
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 
 RUNS = "runs"
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:  # what a user can mend; anything else keeps its traceback
         if os.environ.get("RLVR_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {condense(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -107,22 +109,38 @@ class RLVRCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, logging to `runs/NAME/version_K` unless the YAML names loggers."""
-        if self._get(self.config_init, "trainer").get("logger") in (None, True):
+        """The trainer, with a bar, logging to `runs/NAME/version_K` unless the YAML names loggers."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
             kwargs["logger"] = default_loggers(self.run_name)
+        if config.get("enable_progress_bar") is not False:
+            kwargs["callbacks"] = [*(config.get("callbacks") or []), callbacks.ShortProgressBar()]
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """The measure that the curve starts from."""
+        self.started_s = time.monotonic()
+        self.at_start: dict[str, float] = {}
         resumes = self._get(self.config, "ckpt_path")
-        limit = self.trainer.limit_val_batches
-        if self._get(self.config, "validate_first") and not resumes and limit:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self._get(self.config, "validate_first") and not resumes and self.trainer.limit_val_batches:
+            for metrics in self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False):
+                self.at_start |= metrics
 
     def after_fit(self) -> None:
-        """Where the run's files are."""
+        """What the run did, in a few lines."""
         if self.trainer.is_global_zero:
-            print(f"run folder: {self.trainer.log_dir}")
+            print(summary(self.at_start, self.trainer, time.monotonic() - self.started_s))
+
+
+def summary(at_start: Mapping[str, float], trainer: Trainer, seconds: float) -> str:
+    """Validation metrics at the start and the end of a run, and where its files are."""
+    at_end = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    width = max(map(len, at_end), default=0)
+    lines = [f"{'':<{width}}  start    end"] if at_start and at_end else []
+    lines += [f"{name:<{width}}  {at_start.get(name, math.nan):5.3f}  {end:5.3f}" for name, end in at_end.items()]
+    return "\n".join(
+        [*lines, f"{trainer.global_step} optimizer steps in {seconds:.0f} s; run folder: {trainer.log_dir}"]
+    )
 
 
 def default_loggers(name: str) -> list[Logger]:
@@ -152,8 +170,3 @@ def quieten() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     message = record.getMessage()
     return not message.startswith(("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1"))
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Where a run keeps its files."""
-    return Path(trainer.log_dir or trainer.default_root_dir)

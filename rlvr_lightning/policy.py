@@ -86,8 +86,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, from_scratch: bool
         from_scratch: random weights from the config alone, drawn with torch's global generator.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     source = resolve_model(name)
+    if sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) < 1 << 30:
+        transformers_logging.disable_progress_bar()  # it would be gone before it is read
     if from_scratch:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
