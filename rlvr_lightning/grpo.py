@@ -39,9 +39,10 @@ from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.policy import LoRA, Policy, Reference, load_model, load_tokenizer, resolve_model
 from rlvr_lightning.rewards.base import Reward
-from rlvr_lightning.rewards.score import Scores, score
+from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
-from rlvr_lightning.schema import Rollouts, Sample, Sampling
+from rlvr_lightning.schema import Rollouts, Sampling
+from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
 
 Record = dict[str, Any]
@@ -114,10 +115,10 @@ class GRPO(LightningModule):
         _check(group_size, batching, sampling, rewards, reward_weights)
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
-        self.rewards, self.reward_weights = rewards, reward_weights or {}
+        self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
         self.group_size, self.advantage, self.objective = group_size, advantage, objective
-        self.sampling, self.stop, self.batching, self.handling = sampling, stop or [], batching, handling
+        self.sampling, self.batching, self.handling = sampling, batching, handling
         self.max_grad_norm, self.val_samples = max_grad_norm, val_samples
         self.lora, self.weights_dtype = lora, getattr(torch, dtype)
         self.activation_checkpointing, self.seed = activation_checkpointing, seed
@@ -138,7 +139,7 @@ class GRPO(LightningModule):
         self.policy = Policy(self.lora.adapt(model) if self.lora else model)
         needs_reference = self.objective.kl_coef > 0
         self.reference = Reference(self.policy) if needs_reference else None
-        stops = stop_token_ids(self.tokenizer, self.stop)
+        stops = stop_token_ids(self.tokenizer, self.scorer.stop)
         pad = self.tokenizer.pad_token_id
         self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
 
@@ -208,32 +209,13 @@ class GRPO(LightningModule):
         rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
         self._phase("reward")
         sampled = time.perf_counter()
-        scores = self.score(rollouts, records)
+        scores = self.scorer(rollouts, records, self._failures_file())
         if scores.failed > self.handling.max_failed_frac * len(scores.total):
             raise ValueError(
                 f"rewards failed on {scores.failed} of {len(scores.total)} completions, more than "
                 f"handling.max_failed_frac={self.handling.max_failed_frac}; see {self._failures_file()}"
             )
         return rollouts, scores, {"time/rollout_s": sampled - started, "time/reward_s": time.perf_counter() - sampled}
-
-    def score(self, rollouts: Rollouts, records: list[Record]) -> Scores:
-        """Rewards of completions; [R] tensors on the CPU."""
-        samples = self.samples(rollouts, records)
-        return score(self.rewards, self.reward_weights, samples, self._failures_file())
-
-    def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
-        """Decoded completions beside their records, as rewards see them."""
-        samples = []
-        ids, lengths = rollouts.completion_ids.tolist(), rollouts.lengths.tolist()
-        for r, (row, length, cut) in enumerate(zip(ids, lengths, rollouts.truncated.tolist(), strict=True)):
-            record = records[r // rollouts.group]
-            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
-            for stop in self.stop:
-                text = text.split(stop, 1)[0]
-            samples.append(
-                Sample(prompt=record["prompt"], text=text, token_ids=row[:length], record=record, truncated=cut)
-            )
-        return samples
 
     def judge(self, rollouts: Rollouts, scores: Scores, records: list[Record]) -> Experience:
         """Advantages, the mask of tokens that count, and the reference's log-probs."""
@@ -244,7 +226,8 @@ class GRPO(LightningModule):
         elif self.handling.truncated == "mask":
             mask = mask & ~rollouts.truncated[:, None]
         advantages = group_advantages(rewards, self.group_size, self.advantage)
-        self._keep_samples(rollouts, records, scores, advantages)
+        samples = self.scorer.samples(rollouts, records)
+        self.last_samples = describe(samples, scores, advantages, self.rollout_step)
         ref_logprobs = None
         if self.reference is not None:
             self._phase("reference")
@@ -338,10 +321,10 @@ class GRPO(LightningModule):
         modes = {"greedy_pass@1": (replace(self.sampling, temperature=0.0), 1)}
         if self.val_samples:
             modes["pass@1"] = (replace(self.sampling, temperature=1.0), self.val_samples)
-        verifier = next(iter(self.rewards))
+        verifier = next(iter(self.scorer.rewards))
         for mode, (sampling, group) in modes.items():
             rollouts = self.engine.generate(prompts, group, sampling, seeds)
-            parts = self.score(rollouts, records).parts[verifier]
+            parts = self.scorer(rollouts, records, self._failures_file()).parts[verifier]
             passed = (parts >= 1.0).float().view(len(records), group).mean(1)
             for benchmark in dict.fromkeys(r["benchmark"] for r in records):
                 rows = [i for i, r in enumerate(records) if r["benchmark"] == benchmark]
@@ -396,21 +379,6 @@ class GRPO(LightningModule):
             if "kl" in totals:
                 self.log("policy/kl", totals["kl"] / totals["tokens"], prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
-
-    def _keep_samples(self, rollouts: Rollouts, records: list[Record], scores: Scores, advantages: Tensor) -> None:
-        """For callbacks that show or store completions."""
-        self.last_samples = [
-            {
-                "step": self.rollout_step,
-                "prompt": sample.prompt,
-                "completion": sample.text,
-                "reward": float(scores.total[r]),
-                "parts": {name: float(part[r]) for name, part in scores.parts.items()},
-                "advantage": float(advantages[r]),
-                "truncated": sample.truncated,
-            }
-            for r, sample in enumerate(self.samples(rollouts, records))
-        ]
 
 
 def _check(

@@ -45,7 +45,9 @@ class Broken(Reward):
 
 class Prompts(PromptSource):
     def __init__(self, num: int = 12) -> None:
-        self.records = [{"prompt": f"{10 + 7 * i % 83}{'+' if i % 2 else '-'}{i % 9}="[: 3 + i % 4]} for i in range(num)]
+        self.records = [
+            {"prompt": f"{10 + 7 * i % 83}{'+' if i % 2 else '-'}{i % 9}="[: 3 + i % 4]} for i in range(num)
+        ]
 
     def __len__(self) -> int:
         return len(self.records)
@@ -99,7 +101,9 @@ class Recorder(GRPO):
         super().learn(experience)
 
 
-def bare_step(model, optimizer, experience, objective: Objective, temperature: float, ref, max_grad_norm: float) -> None:
+def bare_step(
+    model, optimizer, experience, objective: Objective, temperature: float, ref, max_grad_norm: float
+) -> None:
     """GRPO by plain autograd: every completion a row of its own, full logits, one backward pass."""
     rollouts, mask = experience.rollouts, experience.mask
     total = 0.0
@@ -107,7 +111,8 @@ def bare_step(model, optimizer, experience, objective: Objective, temperature: f
         prompt = rollouts.prompt_ids[r // rollouts.group]
         ids = torch.tensor([prompt + rollouts.completion_ids[r, :length].tolist()])
 
-        def logprobs(lm, ids=ids, n=len(prompt)):
+        def logprobs(lm, ids=ids, prompt=prompt):
+            n = len(prompt)
             return (lm(ids).logits[0] / temperature).log_softmax(-1)[n - 1 : -1].gather(1, ids[0, n:, None])[:, 0]
 
         policy = logprobs(model)
@@ -132,7 +137,9 @@ def test_equals_a_bare_loop(folder: str, tmp_path: Path, kl_coef: float, passes:
 
     objective = Objective(kl_coef=kl_coef)
     settings = {"objective": objective, "optimizer": optimizer, "batching": Batching(micro_batch=8, passes=passes)}
-    ours = Recorder(folder, {"digits": Digits()}, group_size=4, sampling=Sampling(max_tokens=9, temperature=0.8), **settings)
+    ours = Recorder(
+        folder, {"digits": Digits()}, group_size=4, sampling=Sampling(max_tokens=9, temperature=0.8), **settings
+    )
     fit(ours, tmp_path, steps=3 * passes)
     assert len(ours.seen) == 3
     bare, ref = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
@@ -208,7 +215,14 @@ def test_minibatches_and_passes_are_optimizer_steps(folder: str, tmp_path: Path)
 def test_truncated_completions_are_masked_or_penalized(folder: str, tmp_path: Path) -> None:
     seen = {}
     for mode in ("keep", "mask", "penalize"):
-        model = Recorder(folder, {"digits": Digits()}, SGD, group_size=4, sampling=Sampling(max_tokens=5), handling=Handling(truncated=mode))
+        model = Recorder(
+            folder,
+            {"digits": Digits()},
+            SGD,
+            group_size=4,
+            sampling=Sampling(max_tokens=5),
+            handling=Handling(truncated=mode),
+        )
         fit(model, tmp_path, steps=1)
         seen[mode] = model.seen[0]
     truncated = seen["keep"].rollouts.truncated
@@ -218,9 +232,14 @@ def test_truncated_completions_are_masked_or_penalized(folder: str, tmp_path: Pa
     assert torch.equal(seen["mask"].mask[~truncated], seen["keep"].mask[~truncated])
     for start in range(0, len(truncated), 4):  # docked by one before the group is compared
         group = slice(start, start + 4)
-        texts = [load_tokenizer(str(TINY)).decode(ids[m]) for ids, m in zip(seen["keep"].rollouts.completion_ids[group], seen["keep"].mask[group], strict=True)]
+        texts = [
+            load_tokenizer(str(TINY)).decode(ids[m])
+            for ids, m in zip(seen["keep"].rollouts.completion_ids[group], seen["keep"].mask[group], strict=True)
+        ]
         rewards = [sum(c.isdigit() for c in t) % 3 - float(cut) for t, cut in zip(texts, truncated[group], strict=True)]
-        assert seen["penalize"].advantages[group].tolist() == pytest.approx(reference.advantages(rewards, 4, "mean_std"), abs=1e-5)
+        assert seen["penalize"].advantages[group].tolist() == pytest.approx(
+            reference.advantages(rewards, 4, "mean_std"), abs=1e-5
+        )
 
 
 def test_groups_without_signal_are_drawn_again(folder: str, tmp_path: Path) -> None:
@@ -234,7 +253,9 @@ def test_groups_without_signal_are_drawn_again(folder: str, tmp_path: Path) -> N
 
 def test_lora_trains_adapters_against_the_bare_model(folder: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    model = module(folder, lora=LoRA(rank=1), objective=Objective(kl_coef=0.1), optimizer=partial(torch.optim.SGD, lr=5.0))
+    model = module(
+        folder, lora=LoRA(rank=1), objective=Objective(kl_coef=0.1), optimizer=partial(torch.optim.SGD, lr=5.0)
+    )
     trainer = fit(model, tmp_path, steps=3)
     assert model.reference.copy is None
     assert trainer.callback_metrics["policy/kl"] > 0
@@ -267,10 +288,14 @@ def test_warmup_and_schedule_are_stepped(folder: str, tmp_path: Path) -> None:
 
 
 def test_failing_rewards_stop_the_run_past_a_share(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rewards failed on 24 of 24 completions, more than handling.max_failed_frac=0.1"):
+    with pytest.raises(
+        ValueError, match=r"rewards failed on 24 of 24 completions, more than handling.max_failed_frac=0.1"
+    ):
         fit(module(folder, rewards={"broken": Broken()}), tmp_path)
     assert "KeyError" in (tmp_path / "reward_failures.jsonl").read_text()
-    trainer = fit(module(folder, rewards={"broken": Broken()}, handling=Handling(max_failed_frac=1.0)), tmp_path, steps=1)
+    trainer = fit(
+        module(folder, rewards={"broken": Broken()}, handling=Handling(max_failed_frac=1.0)), tmp_path, steps=1
+    )
     assert trainer.callback_metrics["reward/failed"] == 24
 
 
@@ -307,7 +332,9 @@ def test_bad_settings_are_refused_before_loading(folder: str, settings: dict, me
 
 
 def test_prompts_must_divide_into_minibatches(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.prompts_per_step \(6\) must be a multiple of batching.minibatches \(4\)"):
+    with pytest.raises(
+        ValueError, match=r"data.prompts_per_step \(6\) must be a multiple of batching.minibatches \(4\)"
+    ):
         fit(module(folder, batching=Batching(micro_batch=4, minibatches=4)), tmp_path)
 
 

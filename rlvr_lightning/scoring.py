@@ -1,0 +1,60 @@
+"""From sampled token ids to rewards: decoding, stop strings, and what is shown of the samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rewards.score import Scores, score
+from rlvr_lightning.schema import Rollouts, Sample
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores rollouts by several rewards."""
+
+    tokenizer: Any
+    rewards: dict[str, Reward]
+    weights: dict[str, float]
+    """1 for a reward that is not named."""
+    stop: list[str]
+    """Strings that end a completion; what a reward sees ends before the first."""
+
+    def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
+        """Decoded completions beside their records (P of them), as rewards see them; R samples."""
+        ids = rollouts.completion_ids.tolist()
+        rows = [row[:length] for row, length in zip(ids, rollouts.lengths.tolist(), strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for stop in self.stop:
+            texts = [text.split(stop, 1)[0] for text in texts]
+        owners = [records[r // rollouts.group] for r in range(len(rows))]
+        return [
+            Sample(prompt=record["prompt"], text=text, token_ids=row, record=record, truncated=cut)
+            for record, text, row, cut in zip(owners, texts, rows, rollouts.truncated.tolist(), strict=True)
+        ]
+
+    def __call__(self, rollouts: Rollouts, records: list[Record], failures_file: Path) -> Scores:
+        """Rewards of R completions; what made a reward fail goes to the file."""
+        return score(self.rewards, self.weights, self.samples(rollouts, records), failures_file)
+
+
+def describe(samples: list[Sample], scores: Scores, advantages: Tensor, step: int) -> list[Record]:
+    """One dictionary a completion, for tables and files."""
+    return [
+        {
+            "step": step,
+            "prompt": sample.prompt,
+            "completion": sample.text,
+            "reward": float(scores.total[r]),
+            "parts": {name: float(part[r]) for name, part in scores.parts.items()},
+            "advantage": float(advantages[r]),
+            "truncated": sample.truncated,
+        }
+        for r, sample in enumerate(samples)
+    ]
