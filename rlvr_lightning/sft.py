@@ -150,7 +150,7 @@ def as_rollouts(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
 
 def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> str:
     """Write a model as a transformers folder and say its digest, which is returned."""
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in untied(model.state_dict()).items()}
     digest = weights_digest(weights)
     config = model.config.dtype
     model.config.dtype = dtype
@@ -159,6 +159,14 @@ def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> str:
     tokenizer.save_pretrained(folder)
     print(f"exported to {folder}, sha256 of the weights {digest}")
     return digest
+
+
+def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without second names of the same tensor, such as an output layer tied to the embedding."""
+    first: dict[int, str] = {}
+    for name, tensor in weights.items():
+        first.setdefault(tensor.data_ptr(), name)
+    return {name: weights[name] for name in first.values()}
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,133 @@
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from safetensors.torch import load_file
+
+from rlvr_lightning.data.arithmetic import ArithmeticDemos
+from rlvr_lightning.data.prompts import PromptData
+from rlvr_lightning.policy import TINY, load_model, load_tokenizer
+from rlvr_lightning.sft import SFT, as_rollouts, demonstration_ids, weights_digest
+
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def blank(tmp_path_factory):
+    """A folder with a smaller config of the tiny model and its tokenizer, and no weights."""
+    folder = tmp_path_factory.mktemp("blank")
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "layer_types": ["full_attention"], "hidden_size": 32, "intermediate_size": 48}
+    (folder / "config.json").write_text(json.dumps(config))
+    load_tokenizer("tiny").save_pretrained(folder)
+    return str(folder)
+
+
+def fit(model, steps=5, seed=7, scheduler=None, **kwargs):
+    seed_everything(seed, verbose=False)
+    torch.rand(seed)  # drawing numbers before the fit must not change the weights
+    module = SFT(model, partial(torch.optim.AdamW, lr=1e-2), scheduler, from_scratch=True, **kwargs)
+    demos = ArithmeticDemos([1, 2], num=30, seed=1)
+    data = PromptData(model, train=demos, val={"demos": ArithmeticDemos([2], num=5, seed=2)}, prompts_per_step=6)
+    trainer = Trainer(max_steps=steps, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def naive_nll(model, tokenizer, record):
+    """Negative log-likelihood of each token of a demonstration, one unpadded forward pass a token."""
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    completion = tokenizer(record["demonstration"])["input_ids"] + [tokenizer.eos_token_id]
+    losses = []
+    for k, token in enumerate(completion):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion[:k]])).logits[0, -1].tolist()
+        losses.append(math.log(sum(math.exp(z) for z in logits)) - logits[token])
+    return losses
+
+
+def test_losses_equal_the_naive_ones(blank, monkeypatch):
+    """Both are means over tokens, not over demonstrations."""
+    module, trainer = fit(blank, steps=5)  # 5 batches of 6 are one epoch: ends with a validation
+    val = ArithmeticDemos([2], num=5, seed=2)
+    losses = [naive_nll(module.policy.model, module.tokenizer, record) for record in val]
+    expected = sum(map(sum, losses)) / sum(map(len, losses))
+    assert len(set(map(len, losses))) > 1
+    assert float(trainer.callback_metrics["val/demos/nll"]) == pytest.approx(expected, rel=1e-5)
+    batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in val]
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    assert float(module.training_step(batch, 0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_falls(blank):
+    first = float(fit(blank, steps=1)[1].callback_metrics["sft/nll"])
+    last = float(fit(blank, steps=40)[1].callback_metrics["sft/nll"])
+    assert first == pytest.approx(math.log(18), abs=0.2)  # a blank model knows nothing of 18 tokens
+    assert last < 0.6 * first
+
+
+def test_same_seed_same_weights_other_seed_others(blank):
+    digests = [weights_digest(fit(blank, seed=seed)[0].policy.model.state_dict()) for seed in (3, 3, 4)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_schedule_is_stepped_after_every_update(blank):
+    schedule = partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=10)
+    _, trainer = fit(blank, steps=7, scheduler=schedule)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.3)
+
+
+def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
+    folder = tmp_path / "model"
+    module, _ = fit(blank, export_to=str(folder))
+    weights = load_file(folder / "model.safetensors")
+    assert weights_digest(weights) in capsys.readouterr().out
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    trained = module.policy.model.state_dict()
+    assert all(torch.equal(trained[name].bfloat16(), tensor) for name, tensor in weights.items())
+    assert set(trained) - set(weights) == {"lm_head.weight"}  # tied to the embedding
+    loaded = load_model(str(folder)).state_dict()
+    assert all(torch.equal(tensor.bfloat16().float(), loaded[name]) for name, tensor in trained.items())
+    assert load_tokenizer(str(folder)).eos_token_id == 1
+    with pytest.raises(ValueError, match=r"model\.export_to must differ"):
+        SFT(str(folder), export_to=str(folder))
+
+
+def test_a_record_without_demonstration_is_refused():
+    with pytest.raises(ValueError, match=r"record 3 has no text under 'demonstration'"):
+        demonstration_ids({"prompt": "1+1=", "index": 3}, load_tokenizer("tiny"))
+
+
+def test_rollouts_of_unlike_lengths():
+    rollouts = as_rollouts([[5], [6, 7]], [[1, 2, 3], [4]], "cpu")
+    assert rollouts.completion_ids.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert rollouts.completion_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert rollouts.group == 1 and rollouts.prompt_ids == [[5], [6, 7]]
+
+
+def test_packaged_model_is_the_recorded_one():
+    record = json.loads((TINY / "made_by.json").read_text())
+    file = TINY / "model.safetensors"
+    assert weights_digest(load_file(file)) == record["weights_sha256"]
+    assert file.stat().st_size < 8 << 20
+    assert sum(p.numel() for p in load_model("tiny").parameters()) == record["parameters"]
+
+
+def test_packaged_tokenizer_loses_nothing():
+    tokenizer = load_tokenizer("tiny")
+    text = "47+8-5= +8=55 -5=50 answer 50"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("answer 7")["input_ids"] == [3, 15]
+    assert tokenizer("7\nx")["input_ids"] == [15, tokenizer.unk_token_id, tokenizer.unk_token_id]
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")
+    assert len(tokenizer) == load_model("tiny").config.vocab_size == 18
