@@ -49,7 +49,7 @@ def test_levels_take_turns_and_problems_are_distinct():
 
 
 def test_splits_share_no_problem_and_cover_all():
-    splits = {split: {r["prompt"] for r in Arithmetic([1, 2], 200, split=split)} for split in ("train", "val", "test")}
+    splits = {split: {r["prompt"] for r in Arithmetic(200, split=split, levels=[1, 2])} for split in ("train", "val", "test")}
     assert sum(map(len, splits.values())) == len(set.union(*splits.values()))
     assert all(split_of(prompt) == split for split, prompts in splits.items() for prompt in prompts)
     counts = Counter(split_of(f"{a}+{b}-{c}=") for a in range(10, 90) for b in range(1, 10) for c in range(1, 10))
@@ -58,13 +58,13 @@ def test_splits_share_no_problem_and_cover_all():
 
 
 def test_demonstrations_are_of_training_problems_only():
-    assert {split_of(record["prompt"]) for record in ArithmeticDemos([1, 2, 3], 500)} == {"train"}
+    assert {split_of(record["prompt"]) for record in ArithmeticDemos(500)} == {"train"}
 
 
 def test_sources_depend_on_the_seed_alone():
-    assert list(Arithmetic([1, 2], 50, seed=5)) == list(Arithmetic([1, 2], 50, seed=5))
-    assert list(Arithmetic([1, 2], 50, seed=5)) != list(Arithmetic([1, 2], 50, seed=6))
-    assert list(ArithmeticDemos([4], 50, seed=5)) == list(ArithmeticDemos([4], 50, seed=5))
+    assert list(Arithmetic(50, seed=5)) == list(Arithmetic(50, seed=5))
+    assert list(Arithmetic(50, seed=5)) != list(Arithmetic(50, seed=6))
+    assert list(ArithmeticDemos(50, seed=5)) == list(ArithmeticDemos(50, seed=5))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_impossible_problems_are_refused(kwargs, message):
 
 def test_demonstrations_err_as_often_as_asked():
     """The 4/5 who are impatient stop with 2 operations left at 1/2, else with 1 left at 1/4."""
-    demos = ArithmeticDemos([3], 4000, slip=0.0, patient=0.2, impatience=[0.25, 0.5])
+    demos = ArithmeticDemos(4000, levels=[3], slip=0.0, patient=0.2, impatience=[0.25, 0.5])
     steps = Counter(record["demonstration"].count("=") for record in demos)
     assert {k: n / 4000 for k, n in steps.items()} == pytest.approx({1: 0.4, 2: 0.1, 3: 0.3 + 0.2}, abs=0.03)
-    slips = ArithmeticDemos([1], 4000, slip=0.2)
+    slips = ArithmeticDemos(4000, levels=[1], slip=0.2)
     wrong = sum(not record["demonstration"].endswith(f" {record['answer']}") for record in slips)
     assert wrong / 4000 == pytest.approx(0.2, abs=0.03)
 

@@ -37,8 +37,8 @@ def fit(model, steps=5, seed=7, scheduler=None, **kwargs):
     seed_everything(seed, verbose=False)
     torch.rand(seed)  # drawing numbers before the fit must not change the weights
     module = SFT(model, partial(torch.optim.AdamW, lr=1e-2), scheduler, from_scratch=True, **kwargs)
-    demos = ArithmeticDemos([1, 2], num=30, seed=1)
-    data = PromptData(model, train=demos, val={"demos": ArithmeticDemos([2], num=5, seed=2)}, prompts_per_step=6)
+    demos = ArithmeticDemos(num=30, seed=1, levels=[1, 2])
+    data = PromptData(model, train=demos, val={"demos": ArithmeticDemos(num=5, seed=2, levels=[2])}, prompts_per_step=6)
     trainer = Trainer(max_steps=steps, num_sanity_val_steps=0, **QUIET)
     trainer.fit(module, data)
     return module, trainer
@@ -59,7 +59,7 @@ def naive_nll(model, tokenizer, record):
 def test_losses_equal_the_naive_ones(blank, monkeypatch):
     """Both are means over tokens, not over demonstrations."""
     module, trainer = fit(blank, steps=5)  # 5 batches of 6 are one epoch: ends with a validation
-    val = ArithmeticDemos([2], num=5, seed=2)
+    val = ArithmeticDemos(num=5, seed=2, levels=[2])
     losses = [naive_nll(module.policy.model, module.tokenizer, record) for record in val]
     expected = sum(map(sum, losses)) / sum(map(len, losses))
     assert len(set(map(len, losses))) > 1

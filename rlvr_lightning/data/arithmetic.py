@@ -33,20 +33,22 @@ class Arithmetic(PromptSource):
     """Distinct problems; records hold `prompt`, `answer` (int), `level` and `task`.
 
     Args:
-        levels: numbers of operations, 1 to 5; the problems are spread evenly over them and take turns.
         num: how many problems.
         seed: which problems, and in which order.
         split: of all problems 80 % are "train", 10 % "val", 10 % "test".
+        levels: numbers of operations, 1 to 5; the problems are spread evenly over them and take turns.
 
     Raises:
         ValueError: a level does not exist, or has too few problems for its share of `num`.
 
     Example:
-        >>> Arithmetic(levels=[3], num=2, seed=0, split="val")[0]
+        >>> Arithmetic(num=2, levels=[3], split="val")[0]
         {'prompt': '56+1-7-6=', 'answer': 44, 'level': 3, 'task': 'arithmetic'}
     """
 
-    def __init__(self, levels: list[int], num: int, seed: int = 0, split: Split = "train") -> None:
+    def __init__(
+        self, num: int, seed: int = 0, split: Split = "train", levels: Sequence[int] = (1, 2, 3, 4, 5)
+    ) -> None:
         check_levels(levels, num)
         rng = random.Random(f"arithmetic/{split}/{seed}")
         shares = [len(range(i, num, len(levels))) for i in range(len(levels))]
@@ -70,30 +72,30 @@ class ArithmeticDemos(PromptSource):
     demonstration's is wrong.
 
     Args:
-        levels: numbers of operations, 1 to 5, taking turns.
         num: how many demonstrations.
         seed: which problems and which mistakes.
         slip: chance at each step of writing a wrong total.
         patient: share of demonstrations that never stop early.
         impatience: for the others, chances of stopping early when 1, 2, ... operations are left; the last one serves
             for more.
+        levels: numbers of operations, 1 to 5, taking turns.
 
     Example:
-        >>> careful = ArithmeticDemos(levels=[3], num=1, slip=0.0, patient=1.0)[0]
+        >>> careful = ArithmeticDemos(num=1, levels=[3], slip=0.0, patient=1.0)[0]
         >>> careful["prompt"], careful["demonstration"]
         ('75-1-4-8=', '-1=74 -4=70 -8=62 answer 62')
-        >>> ArithmeticDemos(levels=[3], num=1, slip=0.0, patient=0.0, impatience=[1.0])[0]["demonstration"]
+        >>> ArithmeticDemos(num=1, levels=[3], slip=0.0, patient=0.0, impatience=[1.0])[0]["demonstration"]
         '-1=74 answer 74'
     """
 
     def __init__(
         self,
-        levels: list[int],
         num: int,
         seed: int = 0,
-        slip: float = 0.04,
-        patient: float = 0.15,
-        impatience: Sequence[float] = (0.35, 0.75, 0.8, 0.85),
+        slip: float = 0.02,
+        patient: float = 0.08,
+        impatience: Sequence[float] = (0.35, 0.8, 0.85, 0.9),
+        levels: Sequence[int] = (1, 2, 3, 4, 5),
     ) -> None:
         check_levels(levels, num)
         if not impatience or not all(0 <= chance <= 1 for chance in (slip, patient, *impatience)):
@@ -114,10 +116,10 @@ class ArithmeticDemos(PromptSource):
         return self._records[index]
 
 
-def check_levels(levels: list[int], num: int) -> None:
+def check_levels(levels: Sequence[int], num: int) -> None:
     """Raise ValueError unless the levels exist, once each, and something is asked for."""
     if not levels or len(set(levels)) < len(levels) or not all(1 <= level <= MAX_LEVEL for level in levels):
-        raise ValueError(f"levels must be distinct numbers from 1 to {MAX_LEVEL}, got {levels}")
+        raise ValueError(f"levels must be distinct numbers from 1 to {MAX_LEVEL}, got {list(levels)}")
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
 
