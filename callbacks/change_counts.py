@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,42 +49,63 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(BITS[tensor.element_size()])
 
 
+# On a CPU numpy compares, counts and finds several times faster than torch; the results are the same.
 def _differ(old: Tensor, new: Tensor) -> Tensor:
     """Mask of entries whose bits differ; this makes -0.0 differ from 0.0, and a NaN equal to itself."""
-    return bits(old) != bits(new)
+    old, new = bits(old), bits(new)
+    return torch.from_numpy(old.numpy() != new.numpy()) if old.is_cpu else old != new
 
 
-def _bf16(old: Tensor, new: Tensor) -> Tensor:
-    return _differ(old.to(torch.bfloat16), new.to(torch.bfloat16))
+def _count(mask: Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(torch.count_nonzero(mask))
 
 
-def _further_than(old: Tensor, new: Tensor, bound: Tensor | float) -> Tensor:
-    """Mask of |new - old| > bound, where anything that is not an ordinary number within the bound is further."""
+def _where(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.is_cpu else mask.nonzero().squeeze(1)
+
+
+def _beyond(old: Tensor, new: Tensor, bound: Tensor | float) -> Tensor:
+    """Mask of entries not within |new - old| <= bound: also NaN, and an infinity where the other is not the same."""
     distance = (new - old).abs_()
     if isinstance(bound, Tensor):
-        bound.clamp_(max=torch.finfo(bound.dtype).max)  # infinity is never within a bound, not even an infinite one
+        bound.clamp_(max=torch.finfo(bound.dtype).max)  # nothing is within an infinite bound
+    if distance.is_cpu:
+        within = distance.numpy() <= (bound.numpy() if isinstance(bound, Tensor) else np.float32(bound))
+        return torch.from_numpy(np.logical_not(within, out=within))
     return (distance <= bound).logical_not_()
 
 
-def _tol(old: Tensor, new: Tensor) -> Tensor:
-    old16, new16 = old.to(torch.bfloat16), new.to(torch.bfloat16)
-    return _further_than(old16.float(), new16.float(), 1e-5).logical_and_(_differ(old16, new16))
+def _bf16(old: Tensor, new: Tensor) -> int:
+    return _count(_differ(old.to(torch.bfloat16), new.to(torch.bfloat16)))
 
 
-def _rel(old: Tensor, new: Tensor) -> Tensor:
+def _tol(old: Tensor, new: Tensor) -> int:
+    old, new = old.to(torch.bfloat16), new.to(torch.bfloat16)
+    apart = _differ(old, new)
+    if 8 * _count(apart) > old.numel():
+        return _count(_beyond(old.float(), new.float(), 1e-5).logical_and_(apart))
+    few = _where(apart)
+    return _count(_beyond(old[few].float(), new[few].float(), 1e-5))
+
+
+def _rel(old: Tensor, new: Tensor) -> int:
     wide = torch.promote_types(old.dtype, torch.float32)
     before, after = old.to(wide), new.to(wide)
     bound = torch.maximum(before.abs(), after.abs()).mul_(1e-3)
-    return _further_than(before, after, bound).logical_and_(_differ(old, new))
+    return _count(_beyond(before, after, bound).logical_and_(_differ(old, new)))
 
 
-DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def _stored(old: Tensor, new: Tensor) -> int:
+    return _count(_differ(old, new))
+
+
+DEFINITIONS: dict[str, Callable[[Tensor, Tensor], int]] = {
     "bf16": _bf16,
     "tol1e-5": _tol,
     "rel1e-3": _rel,
-    "fp32": _differ,
+    "fp32": _stored,
 }
-"""Masks of changed entries, by name: see `count_changed`."""
+"""How many entries changed, by name: see `count_changed`."""
 
 
 def count_changed(old: Tensor, new: Tensor, definitions: Sequence[str]) -> Tensor:
@@ -100,22 +122,18 @@ def count_changed(old: Tensor, new: Tensor, definitions: Sequence[str]) -> Tenso
         definitions: names from the list above.
 
     Returns:
-        int64 [1 + definitions, 2], on the tensors' device: first row the entries [all, zero before], then those of
+        int64 [1 + definitions, 2], on the host: first row the entries [all, zero before], then those of
         them that changed.
 
     >>> old, new = torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.tensor([1e-9, 1.0, 1.0001, 3.0])
     >>> count_changed(old, new, ["bf16", "tol1e-5", "rel1e-3", "fp32"]).tolist()
     [[4, 1], [2, 1], [1, 0], [2, 1], [3, 1]]
     """
-    counts = torch.zeros(1 + len(definitions), 2, dtype=torch.int64, device=old.device)
-    zero = old == 0
-    zeros = int(zero.sum())
-    counts[0, 0], counts[0, 1] = old.numel(), zeros
+    zero = _where(torch.from_numpy(bits(old).numpy() << 1 == 0) if old.is_cpu else old == 0)
+    parts = [(old, new), (old[zero], new[zero])]
+    counts = [[before.numel() for before, _ in parts]]
     if torch.equal(bits(old), bits(new)):
-        return counts
-    for row, name in enumerate(definitions, start=1):
-        changed = DEFINITIONS[name](old, new)
-        counts[row, 0] = changed.sum()
-        if zeros:
-            counts[row, 1] = (changed & zero).sum()
-    return counts
+        counts += [[0, 0] for _ in definitions]
+    else:
+        counts += [[DEFINITIONS[name](*part) for part in parts] for name in definitions]
+    return torch.tensor(counts)

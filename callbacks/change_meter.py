@@ -77,7 +77,7 @@ class ChangeMeter:
         snapshots = [self._before] + ([self._start] if self._start else [])
         for part, snapshot in zip(counts, snapshots, strict=True):
             for index, old, new in snapshot.compare():
-                part[self._here[index]] += count_changed(old, new, self.definitions).cpu()
+                part[self._here[index]] += count_changed(old, new, self.definitions)
         return counts
 
     def close(self) -> None:

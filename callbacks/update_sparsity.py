@@ -41,6 +41,8 @@ class UpdateSparsity(Callback):
     `update/changed_frac/<definition>`           0..1, entries changed by the measured optimizer step
     `update/changed_frac_total/<definition>`     0..1, entries that differ from the start of this process's
                                                  run (a resumed run starts anew: `since_step` in the file)
+    `update/measured_step`                       which optimizer step these figures are of: Lightning's loggers
+                                                 repeat a value until the next one, within an epoch
     `update/measure_s`                           seconds this measurement took
     `update/measure_frac`                        seconds of measuring per second of training
     ===========================================  ===========================================================
@@ -125,7 +127,7 @@ class UpdateSparsity(Callback):
         step, total = [*(summarise(watched.meter.names, part, self.definitions) for part in counts), {}][:2]
         self._cost.add(self._now() - start)
         self._write(watched, step, total)
-        self._metrics = fractions(step, "update/changed_frac")
+        self._metrics = {"update/measured_step": watched.steps} | fractions(step, "update/changed_frac")
         if total:
             self._metrics |= fractions(total, "update/changed_frac_total")
 
