@@ -27,6 +27,8 @@ from rlvr_lightning.schema import Rollouts
 
 Record = Mapping[str, Any]
 
+ROWS = 16  # demonstrations in a forward pass: of similar length, so that little of it is padding
+
 
 class SFT(LightningModule):
     """Fits a causal LM to demonstrations: records with a `demonstration` (str) beside the prompt.
@@ -86,7 +88,7 @@ class SFT(LightningModule):
     def training_step(self, batch: list[Record], batch_idx: int) -> Tensor:
         """The mean loss over the global batch, scaled so that averaging gradients over ranks is right."""
         total, tokens = self._nll(batch)
-        loss = total.sum() / tokens * self.trainer.world_size
+        loss = total / tokens * self.trainer.world_size
         self.log("sft/nll", loss.detach(), prog_bar=True, sync_dist=True)
         return loss
 
@@ -94,7 +96,7 @@ class SFT(LightningModule):
         """Add the batch to the sums of its benchmarks."""
         for name in dict.fromkeys(record["benchmark"] for record in batch):
             total, tokens = self._nll([record for record in batch if record["benchmark"] == name])
-            self._val_sums[name] += torch.stack([total.sum(), torch.tensor(float(tokens), device=self.device)])
+            self._val_sums[name] += torch.stack([total, torch.tensor(float(tokens), device=self.device)])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""
@@ -107,15 +109,16 @@ class SFT(LightningModule):
             self.log(f"val/{name}/nll", ranks_total / tokens, prog_bar=True)
 
     def _nll(self, batch: list[Record]) -> tuple[Tensor, int]:
-        """Negative log-likelihoods, float32 [R, T], of this rank's demonstrations; tokens of all ranks' ones."""
+        """Negative log-likelihood of this rank's demonstrations, float32 scalar; tokens of all ranks' ones."""
         assert self.policy is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        ids = [demonstration_ids(record, self.tokenizer) for record in batch]
-        mine = slice(rank, None, world)
         if len(batch) < world:
             raise ValueError(f"a batch of {len(batch)} prompts cannot be shared by {world} processes; enlarge it")
-        rollouts = as_rollouts([record["prompt_ids"] for record in batch[mine]], ids[mine], self.device)
-        return -self.policy(rollouts).logprobs, sum(map(len, ids))
+        pairs = [(record["prompt_ids"], demonstration_ids(record, self.tokenizer)) for record in batch]
+        mine = sorted(pairs[rank::world], key=lambda pair: len(pair[0]) + len(pair[1]))
+        rows = [mine[at : at + ROWS] for at in range(0, len(mine), ROWS)]
+        logprobs = [self.policy(as_rollouts(row, self.device)).logprobs.sum() for row in rows]
+        return -torch.stack(logprobs).sum(), sum(len(completion) for _, completion in pairs)
 
     @rank_zero_only
     def on_fit_end(self) -> None:
@@ -133,14 +136,15 @@ def demonstration_ids(record: Record, tokenizer: Any) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def as_rollouts(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: Any) -> Rollouts:
-    """Given completions, one for each prompt, in the form a `Policy` takes; its sampler's log-probabilities are 0."""
+def as_rollouts(pairs: Sequence[tuple[list[int], list[int]]], device: Any) -> Rollouts:
+    """Pairs of prompt and completion in the form a `Policy` takes; the sampler's log-probabilities are set to 0."""
+    completions = [completion for _, completion in pairs]
     lengths = torch.tensor([len(completion) for completion in completions])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     flat = torch.tensor([token for completion in completions for token in completion])
     ids = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, flat)
     return Rollouts(
-        prompt_ids=[list(prompt) for prompt in prompts],
+        prompt_ids=[prompt for prompt, _ in pairs],
         completion_ids=ids.to(device),
         completion_mask=mask.to(device),
         rollout_logprobs=torch.zeros(mask.shape, device=device),

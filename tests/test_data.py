@@ -49,7 +49,8 @@ def test_levels_take_turns_and_problems_are_distinct():
 
 
 def test_splits_share_no_problem_and_cover_all():
-    splits = {split: {r["prompt"] for r in Arithmetic(200, split=split, levels=[1, 2])} for split in ("train", "val", "test")}
+    names = ("train", "val", "test")
+    splits = {split: {r["prompt"] for r in Arithmetic(200, split=split, levels=[1, 2])} for split in names}
     assert sum(map(len, splits.values())) == len(set.union(*splits.values()))
     assert all(split_of(prompt) == split for split, prompts in splits.items() for prompt in prompts)
     counts = Counter(split_of(f"{a}+{b}-{c}=") for a in range(10, 90) for b in range(1, 10) for c in range(1, 10))

@@ -1,7 +1,6 @@
 import json
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ def test_a_record_without_demonstration_is_refused():
 
 
 def test_rollouts_of_unlike_lengths():
-    rollouts = as_rollouts([[5], [6, 7]], [[1, 2, 3], [4]], "cpu")
+    rollouts = as_rollouts([([5], [1, 2, 3]), ([6, 7], [4])], "cpu")
     assert rollouts.completion_ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert rollouts.completion_mask.tolist() == [[True, True, True], [True, False, False]]
     assert rollouts.group == 1 and rollouts.prompt_ids == [[5], [6, 7]]

@@ -27,6 +27,15 @@ class Scores:
     failed: int
     """Completions for which some reward failed."""
 
+    def with_replaced(self, rows: Tensor, new: Scores) -> Scores:
+        """These scores with some rows (int64 [n]) exchanged for those of newly sampled completions."""
+        rows = rows.cpu()
+        return Scores(
+            total=self.total.index_copy(0, rows, new.total),
+            parts={name: part.index_copy(0, rows, new.parts[name]) for name, part in self.parts.items()},
+            failed=self.failed + new.failed,
+        )
+
 
 def score(
     rewards: Mapping[str, Reward],
@@ -115,6 +124,6 @@ def record_failures(failures: Mapping[str, Mapping[int, str]], samples: Sequence
         for name, failed in failures.items():
             for i, error in failed.items():
                 sample = samples[i]
-                entry = {"reward": name, "prompt": sample.prompt, "completion": sample.text}
-                entry |= {"token_ids": sample.token_ids, "record": dict(sample.record), "error": error}
-                lines.write(json.dumps(entry, default=repr) + "\n")
+                entry = {"reward": name, "error": error, "prompt": sample.prompt, "completion": sample.text}
+                more: dict[str, object] = {"token_ids": sample.token_ids, "record": dict(sample.record)}
+                lines.write(json.dumps(entry | more, default=repr) + "\n")
