@@ -1,15 +1,23 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from safetensors.torch import load_file
 
-from rlvr_lightning.data.arithmetic import ArithmeticDemos
+from rlvr_lightning.data.arithmetic import Arithmetic, ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.policy import TINY, load_model, load_tokenizer
+from rlvr_lightning.rewards.arithmetic import FinalAnswer
+from rlvr_lightning.rollout import HFEngine
+from rlvr_lightning.schema import Sample, Sampling
 from rlvr_lightning.sft import SFT, as_rollouts, demonstration_ids, weights_digest
 
 QUIET = {
@@ -68,6 +76,23 @@ def test_losses_equal_the_naive_ones(blank, monkeypatch):
     assert float(module.training_step(batch, 0)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_average_to_the_loss_of_one_process(blank, monkeypatch, world):
+    """DDP averages gradients over ranks; so must the losses, though ranks hold unlike numbers of tokens."""
+    module, _ = fit(blank, steps=1)
+    demos = ArithmeticDemos(num=7, seed=3)
+    batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in demos]
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+
+    def loss(rank, world):
+        module._trainer = SimpleNamespace(global_rank=rank, world_size=world)
+        return float(module.training_step(batch, 0))
+
+    assert sum(loss(rank, world) for rank in range(world)) / world == pytest.approx(loss(0, 1), rel=1e-5)
+    with pytest.raises(ValueError, match="a batch of 7 prompts cannot be shared by 8 processes"):
+        loss(0, 8)
+
+
 def test_loss_falls(blank):
     first = float(fit(blank, steps=1)[1].callback_metrics["sft/nll"])
     last = float(fit(blank, steps=40)[1].callback_metrics["sft/nll"])
@@ -120,6 +145,43 @@ def test_packaged_model_is_the_recorded_one():
     assert weights_digest(load_file(file)) == record["weights_sha256"]
     assert file.stat().st_size < 8 << 20
     assert sum(p.numel() for p in load_model("tiny").parameters()) == record["parameters"]
+
+
+def accuracy(folder, num, temperature):
+    """Share of held-out problems that a model solves."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    problems = list(Arithmetic(num, split="test"))
+    prompts = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
+    engine = HFEngine(model, [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    rollouts = engine.generate(prompts, 1, Sampling(max_tokens=64, temperature=temperature), range(num))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rollouts.completion_ids]
+    pairs = zip(texts, problems, strict=True)
+    samples = [Sample(prompt="", text=text, token_ids=[], record=problem) for text, problem in pairs]
+    return sum(FinalAnswer()(samples)) / num
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_packaged_model_is_mediocre(temperature):
+    assert 0.2 < accuracy("tiny", 300, temperature) < 0.5
+
+
+@pytest.mark.slow
+def test_packaged_model_is_made_again(tmp_path):
+    """The same weights with the same torch on the same processor and threads, elsewhere one as good."""
+    record = json.loads((TINY / "made_by.json").read_text())
+    command = [sys.executable, *record["command"].split()[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": str(record["threads"])}
+    subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    folder = tmp_path / "runs" / "tiny_sft" / "model"
+    if (record["torch"], record["cpu"]) == (torch.__version__, processor()):
+        assert weights_digest(load_file(folder / "model.safetensors")) == record["weights_sha256"]
+    assert 0.2 < accuracy(str(folder), 300, 0.0) < 0.5 and 0.2 < accuracy(str(folder), 300, 1.0) < 0.5
+
+
+def processor():
+    """The processor's name on Linux."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def test_packaged_tokenizer_loses_nothing():
