@@ -91,40 +91,17 @@ class PromptPass:
         return {i: (k[:, start:stop], v[:, start:stop]) for i, (k, v) in self.layers.items()}
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention with the log-sum-exp of its scores, by which it can be merged with attention to other keys.
+def scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Scaled dot products.
 
     Args:
         query: float [B, M, D].
         key: float [B, N, D].
-        value: float [B, N, D].
-        bias: float [B, 1, N], added to the scores: 0, or -inf where a key does not count. None means all count.
+        bias: float [B, 1, N], added: 0, or -inf where a key does not count. None means that all count.
         scale: multiplies the dot products.
 
     Returns:
-        [B, M, D] output and float32 [B, M, 1] log-sum-exp.
+        [B, M, N]
     """
     added, beta = (query.new_zeros(1, 1, 1), 0) if bias is None else (bias, 1)
-    scores = torch.baddbmm(added, query, key.transpose(1, 2), beta=beta, alpha=scale).float()
-    total = scores.logsumexp(-1, keepdim=True)
-    return torch.bmm(scores.sub_(total).exp_().to(value.dtype), value), total
-
-
-def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention to two sets of keys from the attention to each.
-
-    Args:
-        one: output [B, M, D] and log-sum-exp [B, M, 1] over the first set.
-        other: the same over the second.
-
-    Returns:
-        [B, M, D], as if the two sets had been one.
-
-    Example:
-        >>> q, kv = torch.randn(2, 3, 5), torch.randn(2, 7, 5)
-        >>> parts = attend(q, kv[:, :4], kv[:, :4], None, 0.3), attend(q, kv[:, 4:], kv[:, 4:], None, 0.3)
-        >>> torch.allclose(merge(*parts), attend(q, kv, kv, None, 0.3)[0], atol=1e-5)
-        True
-    """
-    share = torch.sigmoid(one[1] - other[1])
-    return torch.lerp(other[0], one[0], share.to(one[0].dtype))
+    return torch.baddbmm(added, query, key.transpose(1, 2), beta=beta, alpha=scale)

@@ -1,8 +1,8 @@
 """Keys and values of the sequences in flight: every prompt once, however many completions continue it.
 
-Attention of a new token is computed in two parts, to the prompt and to the completion's own earlier tokens, and merged
-by their log-sum-exp. For the first part the completions of a prompt form one matrix of queries. Prompts of similar
-length are stacked into a bucket; a prompt of very different length gets another bucket instead of padding.
+Attention of a new token has two parts, the prompt and the completion's own earlier tokens, under one softmax. For the
+first part the completions of a prompt form one matrix of queries. Prompts of similar length are stacked into a bucket;
+a prompt of very different length gets another bucket instead of padding.
 
 Own tokens are written by all sequences into the same column, so that a step writes one slice and copies nothing.
 A sequence that joined later starts at a later column; what lies before is masked.
@@ -14,9 +14,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rlvr_lightning.rollout.attention import attend, merge
+from rlvr_lightning.rollout.attention import scores
 
 COLUMNS = 64  # own tokens that room is made for at a time
 LayerKV = dict[int, tuple[Tensor, Tensor]]
@@ -49,8 +49,8 @@ class Layout:
     """int64 [slots]: which (row, head) fills a slot; slots run over bucket, prompt, head, place in the group."""
     scatter: Tensor
     """int64 [rows * heads]: the slot of each (row, head)."""
-    places: list[int]
-    """Slots of each (prompt, head) in each bucket."""
+    slots: list[int]
+    """How many slots each bucket has."""
     prefix_bias: list[Tensor | None]
     suffix_bias: Tensor | None
     """[rows * heads, 1, columns]: -inf before a row's first column; None where all rows began together."""
@@ -123,20 +123,43 @@ class SharedCache:
         own_key, own_value = self._write(layer, key, value)
         layout = self._layouts.get(heads) or self._lay_out(heads, key)
         queries = query.reshape(rows * heads, -1, depth)
-        width = queries.shape[1]
-        gathered = queries.flatten(1).index_select(0, layout.gather)
-        sizes = [len(b.prompts) * heads * g for b, g in zip(self.buckets, layout.places, strict=True)]
-        outputs, totals = [], []
-        for bucket, part, bias in zip(self.buckets, gathered.split(sizes), layout.prefix_bias, strict=True):
-            keys, values = bucket.layers[layer]
-            output, total = attend(part.view(len(keys), -1, depth), keys, values, bias, scale)
-            outputs.append(output.view(len(part), -1))
-            totals.append(total.view(len(part), -1))
-        prefix = [torch.cat(x) if len(x) > 1 else x[0] for x in (outputs, totals)]
-        prefix = [x.index_select(0, layout.scatter).view(rows * heads, width, -1) for x in prefix]
+        width = max(max(b.lengths) for b in self.buckets)
         bias = layout.suffix_bias
-        own = attend(queries, own_key, own_value, None if bias is None else bias[:, :, : self.column], scale)
-        return merge((prefix[0], prefix[1]), own).view(rows, 1, query.shape[1], -1)
+        all_scores = torch.cat(
+            [
+                self._prompt_scores(layer, queries, layout, width, scale),
+                scores(queries, own_key, None if bias is None else bias[:, :, : self.column], scale),
+            ],
+            dim=-1,
+        )
+        shares = all_scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        output = self._prompt_values(layer, shares[:, :, :width], layout)
+        return torch.baddbmm(output, shares[:, :, width:], own_value).view(rows, 1, query.shape[1], -1)
+
+    def _prompt_scores(self, layer: int, queries: Tensor, layout: Layout, width: int, scale: float) -> Tensor:
+        """[rows * heads, M, width] scores of each row's queries [rows * heads, M, D] and its prompt's keys."""
+        by_slot = queries.flatten(1).index_select(0, layout.gather).split(layout.slots)
+        parts = []
+        for bucket, part, bias in zip(self.buckets, by_slot, layout.prefix_bias, strict=True):
+            keys = bucket.layers[layer][0]
+            found = scores(part.view(len(keys), -1, queries.shape[2]), keys, bias, scale)
+            missing = width - keys.shape[1]
+            found = nn.functional.pad(found, (0, missing), value=-torch.inf) if missing else found
+            parts.append(found.view(len(part), -1))
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined.index_select(0, layout.scatter).view(len(queries), -1, width)
+
+    def _prompt_values(self, layer: int, shares: Tensor, layout: Layout) -> Tensor:
+        """[rows * heads, M, D] sums of the values of each row's prompt, by their shares [rows * heads, M, width]."""
+        rows, queries, width = shares.shape
+        by_slot = shares.reshape(rows, -1).index_select(0, layout.gather).split(layout.slots)
+        parts = []
+        for bucket, part in zip(self.buckets, by_slot, strict=True):
+            values = bucket.layers[layer][1]
+            weights = part.view(len(values), -1, width)[:, :, : values.shape[1]]
+            parts.append(torch.bmm(weights, values).view(len(part), -1))
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return joined.index_select(0, layout.scatter).view(rows, queries, -1)
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put new keys and values into the open column; all of the rows' own, [rows * heads, columns, D]."""
@@ -208,10 +231,11 @@ class SharedCache:
                 gather[slot] = row * heads + head
                 scatter.append(slot)
             seen[p] += 1
+        sizes = [len(b.prompts) * heads * width for b, width in zip(self.buckets, places, strict=True)]
         layout = Layout(
             gather=torch.tensor(gather, device=like.device),
             scatter=torch.tensor(scatter, device=like.device),
-            places=places,
+            slots=sizes,
             prefix_bias=[b.bias(heads, like) for b in self.buckets],
             suffix_bias=self._suffix_bias(heads, like),
         )
