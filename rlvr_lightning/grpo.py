@@ -25,11 +25,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -122,7 +123,9 @@ class GRPO(LightningModule):
         self.max_grad_norm, self.val_samples = max_grad_norm, val_samples
         self.lora, self.weights_dtype = lora, getattr(torch, dtype)
         self.activation_checkpointing, self.seed = activation_checkpointing, seed
-        self.policy: Policy | None = None  # type: ignore[assignment]
+        self.policy: Policy = cast(Policy, None)  # built, like the next two, by configure_model
+        self.reference: Reference | None = None
+        self.engine: HFEngine = cast(HFEngine, None)
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
         self.phase_listeners: list[Callable[[str], None]] = []
         self.last_samples: list[Record] = []
@@ -257,7 +260,7 @@ class GRPO(LightningModule):
 
     def update(self, minibatch: Experience) -> dict[str, float]:
         """One optimizer step on a minibatch. Returns sums over the tokens that went through the model."""
-        optimizer = self.optimizers()
+        optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
         counts = self._global_counts(minibatch.mask)
         needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
@@ -278,7 +281,7 @@ class GRPO(LightningModule):
             metrics["nonfinite"] = 1.0
         optimizer.step()  # without any gradient a no-op that keeps `global_step` in time
         if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
         return metrics
 
     def _forward_backward(self, micro: Experience, counts: Counts) -> dict[str, float]:
@@ -301,7 +304,7 @@ class GRPO(LightningModule):
 
     def _global_counts(self, mask: Tensor) -> Counts:
         local = torch.stack([mask.sum(), mask.any(1).sum()])
-        tokens, completions = self.trainer.strategy.reduce(local.float(), reduce_op="sum").long().tolist()  # type: ignore[union-attr]
+        tokens, completions = self.trainer.strategy.reduce(local.float(), reduce_op="sum").long().tolist()
         return Counts(tokens=tokens, completions=completions, max_tokens=self.sampling.max_tokens)
 
     # ---- validation ----
@@ -359,7 +362,7 @@ class GRPO(LightningModule):
         values |= {
             "reward/std": scores.total.std(),
             "reward/no_signal_frac": (~has_signal(scores.total, self.group_size)).float().mean(),
-            "reward/failed": float(scores.failed),
+            "reward/failed": torch.tensor(float(scores.failed)),
             "response/truncated_frac": rollouts.truncated.float().mean(),
         }
         self.log_dict(values, sync_dist=True)
@@ -371,7 +374,7 @@ class GRPO(LightningModule):
             "train/skipped_groups": totals["skipped"],
             "train/nonfinite_steps": totals.get("nonfinite", 0.0),
             "update/grad_norm": totals.get("grad_norm", 0.0) / steps,
-            "update/lr": self.optimizers().param_groups[0]["lr"],
+            "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
         }
         names = {"ratio_mean": "ratio", "clip_frac": "clipped", "entropy": "entropy", "rollout_kl": "rollout_kl"}
         if totals["tokens"]:

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class LoRA:
 
     rank: int = 1
     """Rank of the update of each matrix."""
-    alpha: float = 32.0
+    alpha: int = 32
     """The update is scaled by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers adapted; all linear ones but the output layer by default."""
@@ -128,8 +128,8 @@ class LoRA:
             raise ValueError("lora needs the package peft: pip install 'rlvr-lightning[lora]'") from None
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=self.target_modules, task_type="CAUSAL_LM"
-        )  # type: ignore[arg-type]
-        return get_peft_model(model, config)  # type: ignore[return-value]
+        )
+        return get_peft_model(model, config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,8 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The transformers model, without peft's wrapper; adapters sit inside its layers."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        unwrap = getattr(self.model, "get_base_model", None)
+        return unwrap() if callable(unwrap) else self.model
 
     def head(self) -> Head:
         """The output layer, with the scalings some architectures apply to logits."""
@@ -216,7 +217,7 @@ class Reference:
     def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
         """float32 [R, T] log-probabilities of the completions under the reference."""
         if self.adapted is not None:
-            with self.adapted.model.disable_adapter():  # type: ignore[operator]
+            with cast(Any, self.adapted.model).disable_adapter():
                 return self.adapted(rollouts, temperature).logprobs
         assert self.copy is not None
         return self.copy.to(rollouts.completion_ids.device)(rollouts, temperature).logprobs
