@@ -1,0 +1,183 @@
+"""Prompts from a Hugging Face data set, by name or from local files, as text or as a chat."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from rlvr_lightning.data.prompts import PromptSource, Record
+from rlvr_lightning.rewards.math_answer import Verifier, gold_text, last_boxed, require_math_verify
+
+Answers = Literal["any", "math", "boxed"]
+FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wording:
+    r"""How a problem becomes a prompt.
+
+    Example:
+        >>> Wording(template="{problem}\nAnswer in one word.")("Is 7 prime?")
+        'Is 7 prime?\nAnswer in one word.'
+    """
+
+    template: str = "{problem}"
+    """The text, with `{problem}` where the problem stands; other braces stay as they are."""
+    chat_tokenizer: str | None = None
+    """Put the text through the chat template of this tokenizer (`smollm2`, a folder or a hub name); None: raw text."""
+    system: str | None = None
+    """System message of the chat."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Passed on to the chat template, such as `enable_thinking: false` for Qwen3."""
+
+    def __post_init__(self) -> None:
+        if "{problem}" not in self.template:
+            raise ValueError(f"wording.template must contain {{problem}}, got {self.template!r}")
+        if self.chat_tokenizer is None and (self.system is not None or self.template_args):
+            raise ValueError("wording.system and wording.template_args need wording.chat_tokenizer")
+
+    def __call__(self, problem: str) -> str:
+        """The prompt for one problem."""
+        return self.prompts([problem])[0]
+
+    def prompts(self, problems: Sequence[str]) -> list[str]:
+        """The prompts for many problems; the tokenizer is loaded once.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        texts = [self.template.replace("{problem}", problem) for problem in problems]
+        if self.chat_tokenizer is None:
+            return texts
+        from rlvr_lightning.policy import load_tokenizer
+
+        tokenizer = load_tokenizer(self.chat_tokenizer)
+        if tokenizer.chat_template is None:
+            raise ValueError(f"wording.chat_tokenizer: {self.chat_tokenizer!r} has no chat template; leave it out")
+        opening = [] if self.system is None else [{"role": "system", "content": self.system}]
+        chats = [[*opening, {"role": "user", "content": text}] for text in texts]
+        settings = {"tokenize": False, "add_generation_prompt": True} | self.template_args
+        return [str(tokenizer.apply_chat_template(chat, **settings)) for chat in chats]
+
+
+class HubPrompts(PromptSource):
+    r"""Records with `prompt`, `answer` and `source_row`, from the data sets of the model hub or from files.
+
+    Args:
+        path: name on the hub (`owner/name`), or a local .jsonl, .json or .parquet file.
+        prompt_column: column with the problem.
+        answer_column: column with the right answer; None if the reward needs none.
+        config: which configuration of a data set on the hub.
+        split: which split of a data set on the hub.
+        wording: how a problem becomes a prompt.
+        num: keep this many, drawn at random without repetition; None keeps all, in order.
+        seed: of the drawing.
+        answers: `math` leaves out problems whose answer `MathAnswer` cannot parse, and reports how many; `boxed` does
+            so too, for a column of worked solutions: the answer is what the last \boxed{} of the solution holds.
+
+    Raises:
+        ValueError: no such file, a missing column (the message lists those found), or too few problems for `num`.
+    """
+
+    def __init__(  # noqa: PLR0913 (a block of the YAML, flat on purpose)
+        self,
+        path: str,
+        prompt_column: str = "problem",
+        answer_column: str | None = "answer",
+        config: str | None = None,
+        split: str = "train",
+        wording: Wording = Wording(),
+        num: int | None = None,
+        seed: int = 0,
+        answers: Answers = "any",
+    ) -> None:
+        if num is not None and num < 1:
+            raise ValueError(f"num must be at least 1, or null for all, got {num}")
+        if answers != "any" and answer_column is None:
+            raise ValueError(f"answers: {answers} needs an answer_column")
+        table = load_table(path, config, split)
+        wanted = [column for column in (prompt_column, answer_column) if column is not None]
+        if missing := [column for column in wanted if column not in table.column_names]:
+            raise ValueError(f"{path}: no column {missing[0]!r}; the columns are {', '.join(table.column_names)}")
+        order = list(range(len(table)))
+        if num is not None:
+            random.Random(f"hub/{seed}").shuffle(order)
+        found = _usable(((row, table[row]) for row in order), prompt_column, Gold(answer_column, answers), num)
+        if num is not None and len(found) < num:
+            raise ValueError(f"num: {path} has {len(found)} usable problems, fewer than {num}")
+        prompts = wording.prompts([problem for _, problem, _ in found])
+        self._records: list[Record] = [
+            {"prompt": prompt, "source_row": row} | ({} if answer_column is None else {"answer": answer})
+            for prompt, (row, _, answer) in zip(prompts, found, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._records[index]
+
+
+def load_table(path: str, config: str | None, split: str) -> Any:
+    """A `datasets.Dataset` from the hub or a local file; ValueError with one line if it cannot be had."""
+    file, kind = Path(path).expanduser(), FILE_TYPES.get(Path(path).suffix.lower())
+    if kind is not None and not file.is_file():
+        raise ValueError(f"path: there is no file {path!r}")
+    from datasets import load_dataset
+
+    try:
+        if kind is not None:
+            return load_dataset(kind, data_files=str(file), split="train")
+        return load_dataset(path, config, split=split)
+    except (OSError, ValueError) as error:  # not on the hub, no such split, no network, a damaged file
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"path: cannot load {path!r}: {reason or type(error).__name__}") from None
+
+
+class Gold:
+    """The right answer of a row, or None where it cannot be used; a context that ends the checking process."""
+
+    def __init__(self, column: str | None, kind: Answers) -> None:
+        self.column, self.kind = column, kind
+        if kind != "any":
+            require_math_verify()
+        self.verifier = Verifier()
+
+    def __enter__(self) -> Gold:
+        return self
+
+    def __call__(self, row: Mapping[str, Any]) -> Any:
+        """The answer; True where there is no column."""
+        gold = True if self.column is None else row[self.column]
+        if self.kind == "any" or gold is None:
+            return gold
+        text = last_boxed(str(gold)) if self.kind == "boxed" else gold_text(str(gold))
+        return text if text is not None and self.verifier.parses(text) else None
+
+    def __exit__(self, *_: object) -> None:
+        self.verifier.close()
+
+
+def _usable(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], prompt_column: str, gold: Gold, num: int | None
+) -> list[tuple[int, str, Any]]:
+    """(row, problem, answer) of the first `num` rows that have both."""
+    found: list[tuple[int, str, Any]] = []
+    dropped = 0
+    with gold:
+        for number, row in rows:
+            problem, answer = row[prompt_column], gold(row)
+            if not isinstance(problem, str) or not problem.strip() or answer is None:
+                dropped += 1
+                continue
+            found.append((number, problem, answer))
+            if len(found) == num:
+                break
+    if dropped:
+        rank_zero_warn(f"left out {dropped} problems that are empty or have no usable answer, kept {len(found)}")
+    return found
