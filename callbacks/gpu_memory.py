@@ -15,7 +15,7 @@ from rlvr_lightning.callbacks.memory_probes import PhaseMeter, choose_probe, nvm
 from rlvr_lightning.callbacks.optimizer_state import OptimizerState
 from rlvr_lightning.callbacks.run_files import exact, run_folder, write_json
 
-PHASES = ("rollout", "reward", "forward", "backward", "optimizer", "validation", "other")
+PHASES = ("rollout", "reward", "reference", "forward", "backward", "optimizer", "validation", "other")
 
 
 class GPUMemory(Callback):

@@ -1,0 +1,173 @@
+"""`plots`: figures of a sweep, and the tables of a README, from records.
+
+python -m rlvr_lightning plots results/tiny         # curves and rates, PNG and SVG, beside the records
+python -m rlvr_lightning plots README.md            # fill its <!-- table:NAME --> blocks
+python -m rlvr_lightning plots README.md --check    # fail if they do not show what the records say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from rlvr_lightning.records import Cell, best_cells, cells, load_records
+from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette: told apart with any colour vision."""
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[tuple[float, float]]:
+    """The mean of curves at the steps that all of them have.
+
+    >>> mean_curve([[[0, 1.0], [5, 2.0]], [[0, 3.0], [5, None], [9, 1.0]]])
+    [(0, 2.0)]
+    """
+    points: list[dict[float, float]] = [{x: y for x, y in curve if x is not None and y is not None} for curve in curves]
+    shared = set.intersection(*map(set, points)) if points else set()
+    return [(step, mean(p[step] for p in points)) for step in sorted(shared)]
+
+
+def draw_curves(axes: Axes, found: Sequence[Cell], metric: str) -> None:
+    """A metric over training: the mean over seeds, and each seed as a thin line."""
+    for number, cell in enumerate(found):
+        color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+        kept = [record["metrics"][metric]["curve"] for record in cell.good if metric in record["metrics"]]
+        for curve in kept if len(kept) > 1 else []:
+            points = [(step, value) for step, value in curve if value is not None]
+            axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=0.6, alpha=0.45)
+        if average := mean_curve(kept):
+            seeds = f" ({len(kept)} seeds)" if len(kept) > 1 else ""
+            axes.plot(
+                *zip(*average, strict=True), color=color, linestyle=style, linewidth=2, label=f"{cell.name}{seeds}"
+            )
+    axes.set_xlabel("batches of rollouts")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def swept(cell: Cell) -> str | None:
+    """The setting to put on the x axis: the learning rate if it was swept, else the first that is a number."""
+    numbers = [key for key, value in cell.point.items() if isinstance(value, int | float) and value > 0]
+    rates = [key for key in numbers if key.rpartition(".")[2] in ("lr", "learning_rate")]
+    return next(iter(rates + numbers), None)
+
+
+def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
+    """The value at the end of training against the learning rate: seeds as dots, their mean as a line."""
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for cell in found:
+        if (setting := swept(cell)) and (values := cell.values(metric)):
+            rest = {key: value for key, value in cell.point.items() if key != setting}
+            name = Cell(cell.label, rest, []).name
+            lines.setdefault(name, []).append((cell.point[setting], values))
+    for number, (name, points) in enumerate(lines.items()):
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        points.sort()
+        axes.plot([x for x, _ in points], [mean(values) for _, values in points], color=color, linewidth=1.5)
+        dots = [(x, value) for x, values in points for value in values]
+        axes.plot(*zip(*dots, strict=True), marker, color=color, markersize=5, alpha=0.7, label=name)
+    starts = [value for cell in found for value in cell.values(metric, "start")]
+    if starts and metric.startswith("val/"):  # measured before training; of others the first value is after a batch
+        axes.axhline(mean(starts), color="grey", linewidth=1, linestyle=":", label="start")
+    axes.set_xscale("log")
+    settings = {setting.rpartition(".")[2] for cell in found if (setting := swept(cell))}
+    axes.set_xlabel(" / ".join("learning rate" if name == "lr" else name for name in sorted(settings)))
+    axes.set_ylabel(f"{metric} at the end")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Figure]:
+    """Figures by file name: `curves` of the best cell of each label, and `rates` if a number was swept."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = cells(records)
+    result = {}
+    for name, draw, shown in (("curves", draw_curves, best_cells(found, metrics[0])), ("rates", draw_rates, found)):
+        if name == "rates" and not any(map(swept, found)):
+            continue
+        columns = min(len(metrics), 3)
+        lines = -(-len(metrics) // columns)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.6 * lines), squeeze=False)
+        for axis, metric in zip(axes.flat, metrics, strict=False):
+            draw(axis, shown, metric)
+        for axis in axes.flat[len(metrics) :]:
+            axis.set_visible(False)
+        figure.tight_layout()
+        result[name] = figure
+    return result
+
+
+def draw(folder: Path, metrics: Sequence[str]) -> list[Path]:
+    """Write `curves`, `rates` (PNG, SVG) and `table.md` into a sweep's folder; returns their paths.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    records = list(load_records(folder).values())
+    if not records:
+        raise ValueError(f"no records in {folder / 'records'}; run the sweep first")
+    metrics = list(metrics) or metric_names(records)
+    if not metrics:
+        raise ValueError(f"no run in {folder / 'records'} has a metric; see their last_lines")
+    written = []
+    for name, figure in figures(records, metrics).items():
+        for suffix in ("png", "svg"):
+            path = folder / f"{name}.{suffix}"
+            figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+            written.append(path)
+    table = folder / "table.md"
+    table.write_text(markdown(rows(records, metrics)) + "\n")
+    return [*written, table]
+
+
+def fill(path: Path, check: bool) -> int:
+    """Fill a Markdown file's blocks, or check that they are filled; returns the exit status."""
+    text = path.read_text()
+    new = fill_blocks(text, path.resolve().parent / "results")
+    if check and new != text:
+        print(
+            f"error: {path} does not show what the records say: python -m rlvr_lightning plots {path}", file=sys.stderr
+        )
+        return 1
+    if new != text:
+        path.write_text(new)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Draw a sweep's figures, or fill a file's tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rlvr_lightning plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path, help="a sweep's folder, or a Markdown file")
+    parser.add_argument("--metric", action="append", default=[], help="draw this one only; may be repeated")
+    parser.add_argument("--check", action="store_true", help="with a Markdown file: change nothing, fail if stale")
+    options = parser.parse_args(argv)
+    try:
+        if options.target.is_file():
+            return fill(options.target, options.check)
+        print("\n".join(map(str, draw(options.target, options.metric))))
+        return 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

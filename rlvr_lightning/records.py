@@ -1,0 +1,117 @@
+"""Records of runs: reading the CSV of a run, and grouping the runs of a sweep by cell. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Curve = list[tuple[int, float]]
+
+
+def curves(metrics_csv: Path, names: Sequence[str]) -> dict[str, Curve]:
+    """Curves of some metrics from the `metrics.csv` of Lightning's CSVLogger.
+
+    Its `step` column counts from 0 at the end of the first batch, and is also 0 for what was measured before training.
+    Here the step is the number of batches done: 0 before training, 1 after the first batch.
+
+    Returns:
+        name: [(step, value), ...] in the order of the file; metrics that the file does not have are left out.
+    """
+    found: dict[str, Curve] = {}
+    if not metrics_csv.is_file():
+        return found
+    training = False
+    with metrics_csv.open(newline="") as file:
+        for row in csv.DictReader(file):
+            training |= any(value for name, value in row.items() if not name.startswith("val/") and name not in INDEX)
+            for name in names:
+                if row.get(name):
+                    found.setdefault(name, []).append((int(row["step"]) + training, float(row[name])))
+    return found
+
+
+INDEX = ("step", "epoch")
+
+
+def summaries(found: Mapping[str, Curve]) -> dict[str, dict[str, Any]]:
+    """First, last and highest value of each curve, and the curve; values that are not finite are None.
+
+    >>> summaries({"m": [(0, 0.25), (5, 1.0), (10, 0.5)]})["m"]["best"]
+    1.0
+    """
+    result = {}
+    for name, curve in found.items():
+        values = [value for _, value in curve]
+        finite = [value for value in values if math.isfinite(value)]
+        result[name] = {
+            "start": _json_number(values[0]),
+            "final": _json_number(values[-1]),
+            "best": max(finite, default=None),
+            "curve": [[step, _json_number(value)] for step, value in curve],
+        }
+    return result
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def load_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records of a sweep by key, in the order of their names."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of a sweep that differ in the seed alone."""
+
+    label: str
+    point: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Label and settings, for a legend."""
+        settings = [f"{setting.rpartition('.')[2]} {value:g}" if isinstance(value, int | float) else f"{value}"
+                    for setting, value in self.point.items()]  # fmt: skip
+        return ", ".join([self.label, *settings])
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        """The runs that ended well."""
+        return [record for record in self.records if record["status"] == "ok"]
+
+    def values(self, metric: str, which: str = "final") -> list[float]:
+        """`start`, `final` or `best` of a metric, over the good runs; what is missing or not finite is left out."""
+        values = [record["metrics"].get(metric, {}).get(which) for record in self.good]
+        return [value for value in values if value is not None]
+
+
+def cells(records: Iterable[Mapping[str, Any]]) -> list[Cell]:
+    """Records grouped into cells, in the order of label and numbers."""
+    groups: dict[str, Cell] = {}
+    for record in records:
+        key = json.dumps([record["label"], record["point"]], sort_keys=True)
+        groups.setdefault(key, Cell(record["label"], dict(record["point"]), [])).records.append(dict(record))
+    return sorted(groups.values(), key=lambda cell: (cell.label, [_sortable(v) for v in cell.point.values()]))
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, int | float)
+    return (0, float(value), "") if number else (1, 0.0, str(value))
+
+
+def best_cells(found: Iterable[Cell], metric: str) -> list[Cell]:
+    """For each label the cell whose mean final value of a metric is highest."""
+    best: dict[str, tuple[float, Cell]] = {}
+    for cell in found:
+        values = cell.values(metric)
+        mean = sum(values) / len(values) if values else -math.inf
+        if cell.label not in best or mean > best[cell.label][0]:
+            best[cell.label] = (mean, cell)
+    return [cell for _, cell in best.values()]

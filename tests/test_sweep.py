@@ -1,0 +1,235 @@
+"""Sweeps with a stand-in for `fit`; tables and figures from records with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlvr_lightning import plots, sweep
+from rlvr_lightning.records import best_cells, cells, curves, load_records, summaries
+from rlvr_lightning.sweep import Run, Sweep, read_sweep
+from rlvr_lightning.tables import fill_blocks, rows
+
+LR = "model.init_args.optimizer.init_args.lr"
+
+# Writes what a run with this rate and seed would have logged: reward = rate + seed / 100 at its end.
+STAND_IN = """
+import sys, pathlib
+rate, seed, folder = float(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+if rate == 13:
+    sys.exit("the weights are NaN")
+with open(folder / "metrics.csv", "w") as file:
+    file.write("epoch,reward/mean,step,val/x/pass@1\\n0,,0,0.25\\n0,0.5,0,\\n")
+    file.write(f"0,{rate + seed / 100},1,\\n0,,1,{rate / 2}\\n")
+with open(folder / "calls.txt", "a") as file:
+    file.write("x")
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """`Run.command` starts the stand-in; the working directory is a fresh folder with a config."""
+    script = tmp_path / "fit.py"
+    script.write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("a: 1\n")
+
+    def command(self, folder):
+        return [sys.executable, str(script), str(self.point[LR]), str(self.seed), str(folder)]
+
+    monkeypatch.setattr(Run, "command", command)
+
+
+def a_sweep(**changes) -> Sweep:
+    settings = {
+        "name": "s",
+        "configs": {"sgd": ["base.yaml"]},
+        "grid": {"sgd": {LR: [0.1, 1.0]}},
+        "seeds": [0, 2],
+        "metrics": ["val/x/pass@1", "reward/mean"],
+        "parallel": 2,
+    }
+    return Sweep(**settings | changes)
+
+
+def write(path: str, value: dict) -> Path:
+    Path(path).write_text(json.dumps(value))  # JSON is YAML
+    return Path(path)
+
+
+def as_file(**changes) -> Path:
+    made = a_sweep(**changes)
+    return write("sweep.yaml", {name: getattr(made, name) for name in made.__dataclass_fields__})
+
+
+def test_the_command_of_a_run():
+    run = Run("sgd", ("a.yaml", "b.yaml"), {LR: 1e-5}, {"trainer.max_steps": 3, "data.x": [1, 2]}, seed=7)
+    assert run.key == "sgd-lr=1e-05-seed=7"
+    assert run.command(Path("out"))[1:] == [
+        "-m", "rlvr_lightning", "fit", "--config", "a.yaml", "--config", "b.yaml",
+        "--trainer.max_steps=3", "--data.x=[1, 2]", f"--{LR}=1e-05", "--seed_everything=7",
+        "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=out",
+        "--trainer.logger.name=", "--trainer.logger.version=",
+    ]  # fmt: skip
+
+
+def test_curves_count_batches_and_start_before_training(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,reward/mean,step,val/x\n0,,0,0.25\n0,0.5,0,\n0,nan,1,\n0,,1,0.75\n")
+    found = curves(path, ["val/x", "reward/mean", "absent"])
+    assert found["val/x"] == [(0, 0.25), (2, 0.75)]
+    assert [step for step, _ in found["reward/mean"]] == [1, 2]
+    assert summaries(found)["reward/mean"] == {"start": 0.5, "final": None, "best": 0.5, "curve": [[1, 0.5], [2, None]]}
+    assert "absent" not in found
+
+
+def test_a_sweep_writes_a_record_for_each_run_and_skips_finished_ones(stand_in, capsys):
+    path = as_file()
+    assert sweep.main(["--config", str(path)]) == 0
+    records = load_records(Path("results/s"))
+    assert sorted(records) == ["sgd-lr=0.1-seed=0", "sgd-lr=0.1-seed=2", "sgd-lr=1.0-seed=0", "sgd-lr=1.0-seed=2"]
+    record = records["sgd-lr=1.0-seed=2"]
+    assert record["metrics"]["reward/mean"]["final"] == 1.02
+    assert record["metrics"]["val/x/pass@1"]["curve"] == [[0, 0.25], [2, 0.5]]
+    assert record["command"].startswith("python -m rlvr_lightning fit --config base.yaml")
+    assert record["environment"]["torch"]
+    assert "1.02" in capsys.readouterr().out
+
+    assert sweep.main(["--config", str(path)]) == 0
+    assert "0 runs to do" in capsys.readouterr().out
+    assert Path("results/s/runs/sgd-lr=1.0-seed=2/calls.txt").read_text() == "x"
+
+
+def test_a_changed_command_runs_again_a_changed_config_warns(stand_in, capsys):
+    sweep.main(["--config", str(as_file())])
+    Path("base.yaml").write_text("a: 2\n")
+    sweep.main(["--config", str(as_file(grid={"sgd": {LR: [0.1, 2.0]}}))])
+    captured = capsys.readouterr()
+    assert "2 runs to do" in captured.out
+    assert "sgd-lr=0.1-seed=0: its configs have changed since" in captured.err
+    sweep.main(["--config", str(as_file(overrides={"trainer.max_steps": 5}))])
+    assert "4 runs to do" in capsys.readouterr().out
+
+
+def test_failures_are_records_and_run_again(stand_in, capsys):
+    path = as_file(grid={"sgd": {LR: [0.1, 13]}}, seeds=[0])
+    assert sweep.main(["--config", str(path)]) == 1
+    record = load_records(Path("results/s"))["sgd-lr=13-seed=0"]
+    assert (record["status"], record["exit_code"], record["last_lines"]) == ("failed", 1, ["the weights are NaN"])
+    assert "FAILED" in capsys.readouterr().out
+    sweep.main(["--config", str(path), "--dry_run"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_run_without_the_metric_is_a_failure(stand_in):
+    assert sweep.main(["--config", str(as_file(metrics=["absent"], seeds=[0]))]) == 1
+    record = load_records(Path("results/s"))["sgd-lr=0.1-seed=0"]
+    assert record["last_lines"] == ["metrics.csv has no absent"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "sweep.seeds must not be empty"),
+        ({"parallel": 0}, "sweep.parallel must be at least 1, got 0"),
+        ({"grid": {"adam": {LR: [1]}}}, r"sweep.grid: \['adam'\] are no labels of sweep.configs \['sgd'\]"),
+        ({"grid": {"sgd": {LR: 0.1}}}, "must be a list of values, got 0.1"),
+        ({"configs": {"sgd": ["nowhere.yaml"]}}, "no file 'nowhere.yaml'"),
+        ({"grid": {"sgd": {"a.lr": [1], "b.lr": [1, 1]}}}, "several runs would be named sgd-lr=1-lr=1-seed=0"),
+        ({"colour": 1}, r"unknown \['colour'\]"),
+    ],
+)
+def test_bad_sweep_files_are_one_line(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("a: 1\n")
+    good = {"name": "s", "configs": {"sgd": ["base.yaml"]}, "grid": {"sgd": {LR: [0.1]}}, "metrics": ["m"]}
+    with pytest.raises(ValueError, match=message):
+        read_sweep(write("s.yaml", good | changes))
+
+
+# ---- tables and figures ------------------------------------------------------------------------------------------
+
+
+def record(label, lr, seed, final, status="ok"):
+    curve = [[0, 0.25], [10, final]]
+    return {
+        "label": label,
+        "point": {LR: lr},
+        "seed": seed,
+        "status": status,
+        "wall_s": 100.0 + seed,
+        "metrics": {"val/x/pass@1": {"start": 0.25, "final": final, "best": final, "curve": curve}},
+        "memory": {"peak_bytes": 3 << 29, "optimizer_state": {"local_bytes": 1234}},
+    }
+
+
+RECORDS = [
+    record("sgd", 1.0, 0, 0.5),
+    record("sgd", 0.1, 0, 0.75),
+    record("sgd", 0.1, 2, 1.0),
+    record("adamw", 1e-4, 0, 0.625),
+    record("adamw", 1e-4, 1, None, status="failed"),
+]
+
+
+def save(folder: Path) -> None:
+    (folder / "records").mkdir(parents=True)
+    for number, item in enumerate(RECORDS):
+        (folder / "records" / f"{number}.json").write_text(json.dumps(item))
+
+
+def test_rows_by_hand():
+    heading, *body = rows(RECORDS, ["val/x/pass@1"])
+    assert heading[:4] == ["run", "seeds", "val/x/pass@1 start", "val/x/pass@1 end"]
+    assert body == [
+        ["adamw, lr 0.0001", "1 (1 failed)", "0.250", "0.625", "100", "1.50", "1,234"],
+        ["sgd, lr 0.1", "2", "0.250", "0.875 (0.750 to 1.000)", "101 (100 to 102)", "1.50", "1,234"],
+        ["sgd, lr 1", "1", "0.250", "0.500", "100", "1.50", "1,234"],
+    ]
+    assert [cell.name for cell in best_cells(cells(RECORDS), "val/x/pass@1")] == ["adamw, lr 0.0001", "sgd, lr 0.1"]
+
+
+def test_blocks_are_filled_checked_and_found_stale(tmp_path, capsys):
+    save(tmp_path / "results" / "tiny")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table:tiny best val/x/pass@1 -->\nold\n<!-- end -->\nafter\n")
+    assert plots.main([str(readme), "--check"]) == 1
+    assert plots.main([str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- table:tiny best val/x/pass@1 -->\n| run | seeds |")
+    assert "| sgd, lr 0.1 | 2 | 0.250 | 0.875 (0.750 to 1.000) |" in text
+    assert "sgd, lr 1 " not in text
+    assert text.endswith("|\n<!-- end -->\nafter\n")
+    assert plots.main([str(readme), "--check"]) == 0
+    readme.write_text(text.replace("0.875", "0.975"))
+    assert plots.main([str(readme), "--check"]) == 1
+    assert "does not show what the records say" in capsys.readouterr().err
+
+
+def test_blocks_without_records_or_with_unknown_metrics_are_errors(tmp_path):
+    save(tmp_path / "tiny")
+    with pytest.raises(ValueError, match="table:other: no records"):
+        fill_blocks("<!-- table:other -->\n<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match=r"no record keeps \['val/y'\]"):
+        fill_blocks("<!-- table:tiny val/y -->\n<!-- end -->", tmp_path)
+
+
+def test_figures_hold_the_records_numbers(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    drawn = plots.figures(RECORDS, ["val/x/pass@1"])
+    curve_lines = drawn["curves"].axes[0].get_lines()
+    labelled = {line.get_label(): line for line in curve_lines if not line.get_label().startswith("_")}
+    assert list(labelled) == ["adamw, lr 0.0001", "sgd, lr 0.1 (2 seeds)"]
+    assert list(labelled["sgd, lr 0.1 (2 seeds)"].get_ydata()) == [0.25, 0.875]
+    assert len(curve_lines) == 2 + 2  # and the two seeds as thin lines
+    rates = [line for line in drawn["rates"].axes[0].get_lines() if list(line.get_xdata()) == [0.1, 1.0]]
+    assert list(rates[0].get_ydata()) == [0.875, 0.5]
+    assert drawn["rates"].axes[0].get_xscale() == "log"
+    save(tmp_path / "s")
+    assert plots.main([str(tmp_path / "s")]) == 0
+    names = {Path(line).name for line in capsys.readouterr().out.split()}
+    assert names == {"curves.png", "curves.svg", "rates.png", "rates.svg", "table.md"}
+    assert plots.main([str(tmp_path / "nothing")]) == 2
