@@ -234,6 +234,27 @@ def test_every_n_counts_optimizer_steps_not_batches(tmp_path):
     assert [float(m["update/measured_step"]) for m in rows_of(tmp_path)] == [1, 6, 6, 11]
 
 
+def test_a_resumed_run_keeps_counting_steps_and_says_where_its_start_is(tmp_path):
+    """3 steps, then 4 more of which every 2nd is measured: steps 5 and 7; the start is after step 3."""
+    trainer = fit(Tiny(), [[0]] * 3, tmp_path / "a", [])
+    trainer.save_checkpoint(tmp_path / "at3.ckpt")
+    module = Tiny()
+    resumed = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[UpdateSparsity(every_n_steps=2)],
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=CSVLogger(tmp_path / "b", name="", version=""),
+    )
+    loader = DataLoader([torch.tensor([row]) for row in (1, 2, 3, 4)])
+    resumed.fit(module, loader, ckpt_path=tmp_path / "at3.ckpt")
+    records = lines(tmp_path / "b" / "sparsity.jsonl")
+    assert [(r["step"], r["since_step"]) for r in records] == [(5, 3), (7, 3)]
+    assert [r["total"]["changed"]["bf16"] for r in records] == [10, 20]
+
+
 def test_small_updates_vanish_in_bf16_only(tmp_path):
     """1 - 1e-4 rounds to 1 in bf16, is a relative change under 1e-3, and differs as fp32."""
     fit(Tiny(lr=1e-4), [[2]], tmp_path, [UpdateSparsity()])
@@ -487,6 +508,28 @@ def test_probe_without_proc_falls_back(monkeypatch):
     probe = memory_probes.choose_probe(torch.device("cpu"))
     assert isinstance(probe, LifetimeProbe)
     assert probe.peak_bytes() > 50 << 20
+
+
+def test_cuda_figures_come_from_the_allocator_and_nvml(monkeypatch):
+    from types import SimpleNamespace
+
+    from rlvr_lightning.callbacks import memory_probes
+
+    device, calls = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda d: calls.append(d))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda d: 7 if d == device else 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (3, 11))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid="a-b"))
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=5 if handle == "GPU-a-b" else 0),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    probe = memory_probes.choose_probe(device)
+    probe.reset()
+    assert (probe.peak_bytes(), probe.total_bytes(), calls) == (7, 11, [device])
+    assert memory_probes.nvml_used_bytes(device) == 5
 
 
 def test_nvml_failure_warns_once(tmp_path):
