@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,18 @@ class Batching:
         for name in ("minibatches", "passes", "rollout_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"batching.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handling:
+    """What happens to completions and groups that teach little."""
+
+    truncated: Literal["keep", "mask", "penalize"] = "keep"
+    """Completions cut by the length limit: scored as they are, left out of the loss, or docked by 1."""
+    resample_rounds: int = 0
+    """Times a group without reward variance is drawn again before it is skipped."""
+    max_failed_frac: float = 0.1
+    """Stop when a larger share of a batch's completions made a reward raise or return NaN (they score 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,7 +35,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
-from rlvr_lightning.experience import Batching, Experience
+from rlvr_lightning.experience import Batching, Experience, Handling
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.policy import LoRA, Policy, Reference, load_model, load_tokenizer, resolve_model
@@ -47,18 +47,6 @@ from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Handling:
-    """What happens to completions and groups that teach little."""
-
-    truncated: Literal["keep", "mask", "penalize"] = "keep"
-    """Completions cut by the length limit: scored as they are, left out of the loss, or docked by 1."""
-    resample_rounds: int = 0
-    """Times a group without reward variance is drawn again before it is skipped."""
-    max_failed_frac: float = 0.1
-    """Stop when a larger share of a batch's completions made a reward raise or return NaN (they score 0)."""
 
 
 class GRPO(LightningModule):

@@ -16,8 +16,8 @@ from conftest import tiny_causal_lm
 from lightning.pytorch import Trainer
 
 from rlvr_lightning.data.prompts import PromptData, PromptSource
-from rlvr_lightning.experience import Batching
-from rlvr_lightning.grpo import GRPO, Handling
+from rlvr_lightning.experience import Batching, Handling
+from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Counts, Objective
 from rlvr_lightning.policy import TINY, LoRA, load_tokenizer
 from rlvr_lightning.rewards.base import Reward
