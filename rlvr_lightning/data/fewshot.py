@@ -6,8 +6,8 @@ A prompt is a few solved lines and one unsolved line; the model finishes the lin
     17 + 5 = 22
     8 + 14 =
 
-Problems are enumerated, and 100 of each kind are held out by a hash of their text: training never shows a held-out
-problem, neither to solve nor among the solved lines, which always come from the training problems.
+Problems are enumerated, and a hash of their text sets 100 of each kind apart for testing, 25 for validation: training
+never shows one of these, neither to solve nor among the solved lines, which always come from the training problems.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from typing import Any, Literal
 from rlvr_lightning.data.prompts import PromptSource, Record
 from rlvr_lightning.rewards.tasks import reasoning_gym
 
-HELD_OUT = 100
+HELD_OUT = {"val": 25, "test": 100}
 """Problems of each kind that are never trained on."""
+Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class FewShot(PromptSource):
     Args:
         kinds: any of add, chain_sum (needs reasoning-gym), largest, third; they take turns.
         num: how many prompts. In training a problem comes again, with other solved lines, once all have come.
-        split: "train", or "heldout": 100 problems of each kind, each of them once.
+        split: "val" (25 of each kind, each once), "test" (100 of each kind, each once), or "train": the others.
         shots: solved lines before the unsolved one.
         seed: order of the problems and choice of the solved lines.
 
     Raises:
-        ValueError: an unknown kind, too many held-out problems asked for, or reasoning-gym is missing.
+        ValueError: an unknown kind, more problems of "val" or "test" than there are, or reasoning-gym is missing.
 
     Example:
         >>> record = FewShot(kinds=["add"], num=1, shots=2)[0]
@@ -95,8 +96,8 @@ class FewShot(PromptSource):
         self,
         kinds: list[str],
         num: int,
-        split: Literal["train", "heldout"] = "train",
-        shots: int = 4,
+        split: Split = "train",
+        shots: int = 3,
         seed: int = 0,
     ) -> None:
         _check(kinds, num, split, shots)
@@ -113,20 +114,20 @@ class FewShot(PromptSource):
 
 
 @cache
-def partition(kind: str) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
-    """The training and the held-out problems of a kind: the same for every seed, number and order of kinds."""
+def partition(kind: str) -> dict[Split, tuple[Problem, ...]]:
+    """The problems of a kind by split: the same for every seed, number and order of kinds."""
     problems = sorted(KINDS[kind](), key=lambda problem: hashlib.sha256(problem.question.encode()).digest())
-    return tuple(problems[HELD_OUT:]), tuple(problems[:HELD_OUT])
+    test, val = HELD_OUT["test"], HELD_OUT["test"] + HELD_OUT["val"]
+    return {"test": tuple(problems[:test]), "val": tuple(problems[test:val]), "train": tuple(problems[val:])}
 
 
-def _records(kind: str, num: int, split: str, shots: int, rng: random.Random) -> list[Record]:
+def _records(kind: str, num: int, split: Split, shots: int, rng: random.Random) -> list[Record]:
     """`num` prompts of one kind: every problem once in random order, then again in another."""
-    train, held_out = partition(kind)
-    problems = list(train if split == "train" else held_out)
+    problems = partition(kind)
     queue: list[Problem] = []
     while len(queue) < num:
-        queue += rng.sample(problems, len(problems))
-    return [_record(kind, problem, train, shots, rng) for problem in queue[:num]]
+        queue += rng.sample(problems[split], len(problems[split]))
+    return [_record(kind, problem, problems["train"], shots, rng) for problem in queue[:num]]
 
 
 def _record(kind: str, problem: Problem, examples: tuple[Problem, ...], shots: int, rng: random.Random) -> Record:
@@ -136,14 +137,14 @@ def _record(kind: str, problem: Problem, examples: tuple[Problem, ...], shots: i
     return record if problem.entry is None else record | {"entry": problem.entry}
 
 
-def _check(kinds: list[str], num: int, split: str, shots: int) -> None:
+def _check(kinds: list[str], num: int, split: Split, shots: int) -> None:
     if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds must be distinct names among {sorted(KINDS)}, got {kinds}")
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    if split == "heldout" and num > HELD_OUT * len(kinds):
-        raise ValueError(f"num must be at most {HELD_OUT * len(kinds)} for {len(kinds)} held-out kinds, got {num}")
+    if split not in ("train", *HELD_OUT):
+        raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
+    if split in HELD_OUT and num > (most := HELD_OUT[split] * len(kinds)):
+        raise ValueError(f"num must be at most {most} for {len(kinds)} kinds in {split!r}, got {num}")
     if not 0 <= shots <= 20:
         raise ValueError(f"shots must lie in 0..20, got {shots}")
