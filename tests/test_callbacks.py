@@ -225,12 +225,16 @@ def test_sparsity_of_known_updates(tmp_path, manual):
     )
 
 
-def test_every_n_counts_optimizer_steps_not_batches(tmp_path):
-    """4 batches of 3 optimizer steps, every 5th step measured: steps 1, 6, 11."""
+def test_every_n_counts_optimizer_steps_not_batches(tmp_path, monkeypatch):
+    """4 batches of 3 optimizer steps, every 5th step measured: steps 1, 6, 11; the weights are kept for these only."""
+    writes = []
+    write = snapshots.Snapshot.write
+    monkeypatch.setattr(snapshots.Snapshot, "write", lambda self: (writes.append(1), write(self)))
     fit(Tiny(manual=True, steps=3), [[1]] * 4, tmp_path, [UpdateSparsity(every_n_steps=5, total=False)])
     records = lines(tmp_path / "sparsity.jsonl")
     assert [r["step"] for r in records] == [1, 6, 11]
     assert records[0]["total"] == {}
+    assert len(writes) == 3
     assert [float(m["update/measured_step"]) for m in rows_of(tmp_path)] == [1, 6, 6, 11]
 
 
