@@ -91,7 +91,7 @@ class GRPO(LightningModule):
         sampling: Sampling = Sampling(),  # noqa: B008
         stop: list[str] | None = None,
         batching: Batching = Batching(),  # noqa: B008
-        handling: Handling = Handling(),
+        handling: Handling = Handling(),  # noqa: B008
         max_grad_norm: float = 1.0,
         val_samples: int = 4,
         lora: LoRA | None = None,
