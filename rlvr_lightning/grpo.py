@@ -313,15 +313,22 @@ class GRPO(LightningModule):
         if self.val_samples:
             modes["pass@1"] = (replace(self.sampling, temperature=1.0), self.val_samples)
         verifier = next(iter(self.scorer.rewards))
+        # pass@1 of every benchmark, and of all problems together where there are several
+        benchmarks = list(
+            getattr(getattr(self.trainer, "datamodule", None), split, None) or {r["benchmark"] for r in records}
+        )
         for mode, (sampling, group) in modes.items():
             rollouts = self.engine.generate(prompts, group, sampling, seeds)
             parts = self.scorer(rollouts, records, self._failures_file()).parts[verifier]
             passed = (parts >= 1.0).float().view(len(records), group).mean(1)
-            for benchmark in dict.fromkeys(r["benchmark"] for r in records):
-                rows = [i for i, r in enumerate(records) if r["benchmark"] == benchmark]
-                name = f"{split}/{benchmark}/{mode}"
-                show = mode == "pass@1"
-                self.log(name, passed[rows].mean(), batch_size=len(rows), on_epoch=True, sync_dist=True, prog_bar=show)
+            rows_of = {name: [i for i, r in enumerate(records) if r["benchmark"] == name] for name in benchmarks}
+            if len(benchmarks) > 1:
+                rows_of["all"] = list(range(len(records)))
+            for benchmark, rows in rows_of.items():
+                if rows:
+                    name, mean = f"{split}/{benchmark}/{mode}", passed[rows].mean()
+                    show = mode == "pass@1" and benchmark == next(reversed(rows_of))
+                    self.log(name, mean, batch_size=len(rows), on_epoch=True, sync_dist=True, prog_bar=show)
 
     # ---- telling ----
 
