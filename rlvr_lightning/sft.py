@@ -10,6 +10,7 @@ read but not learned. `python -m rlvr_lightning fit --config tiny_sft.yaml` make
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -156,10 +157,10 @@ def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> str:
     """Write a model as a transformers folder and say its digest, which is returned."""
     weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in untied(model.state_dict()).items()}
     digest = weights_digest(weights)
-    config = model.config.dtype
-    model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=weights)
-    model.config.dtype = config
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype  # save_pretrained noted that of the live model
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"exported to {folder}, sha256 of the weights {digest}")
     return digest

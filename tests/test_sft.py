@@ -117,6 +117,7 @@ def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
     weights = load_file(folder / "model.safetensors")
     assert weights_digest(weights) in capsys.readouterr().out
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     trained = module.policy.model.state_dict()
     assert all(torch.equal(trained[name].bfloat16(), tensor) for name, tensor in weights.items())
     assert set(trained) - set(weights) == {"lm_head.weight"}  # tied to the embedding
