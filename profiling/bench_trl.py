@@ -1,7 +1,8 @@
 """A GRPO step of ours against TRL's GRPOTrainer: `python -m rlvr_lightning.profiling.bench_trl --model smollm2`.
 
 Needs the extra [bench]. Both sides get the same weights in float32, the same prompts, as many completions, and the same
-optimizer (SGD, rate 1e-4, norm clipped to 1), no KL term, one pass. The lengths are forced: no completion may end
+optimizer (SGD, rate 1e-4, norm clipped to 1), no KL term, one pass. Prompts have about 100 tokens, as few-shot prompts
+do; ours computes each once for its group, TRL once for every completion. The lengths are forced: no completion may end
 before `--tokens`, so both sides generate and train on exactly as many tokens. Rewards are random numbers, so no group
 is without signal and no side may skip one. TRL runs with its ordinary best settings (sdpa, bf16 off, no checkpointing,
 no vLLM). The sides take turns, each time in a process of its own, whose peak resident memory is read from the kernel.
@@ -58,7 +59,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def small_model(folder: str, num: int) -> list[str]:
-    """Save a random Qwen3 of 4 layers, 256 wide, with the packaged tokenizer; `num` prompts of some 30 tokens."""
+    """Save a random Qwen3 of 4 layers, 256 wide, with the packaged tokenizer; `num` prompts of 99 tokens."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -81,12 +82,12 @@ def small_model(folder: str, num: int) -> list[str]:
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    lines = [record["prompt"] for record in Arithmetic(levels=[4], num=3 * num)]
-    return ["".join(lines[3 * i : 3 * i + 3]) for i in range(num)]
+    lines = [record["prompt"] for record in Arithmetic(levels=[4], num=9 * num)]
+    return ["".join(lines[9 * i : 9 * i + 9]) for i in range(num)]
 
 
-def random_rewards(count: int, generator: random.Random) -> list[float]:
-    """Numbers that differ from each other, so that every group has variance."""
+def random_rewards(count: int, generator: random.Random) -> list[float | None]:
+    """Numbers that differ from each other, so that every group has variance. (None is for TRL's types only.)"""
     return [generator.random() for _ in range(count)]
 
 
@@ -223,7 +224,7 @@ def run_ours(plan: Mapping[str, Any], clock: Clock) -> tuple[int, Any]:
             clock.end()
 
     class RandomReward(Reward):
-        def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        def __call__(self, samples: Sequence[Sample]) -> list[Any]:
             assert all(len(s.token_ids) == plan["tokens"] for s in samples), "wrong lengths were measured"
             return random_rewards(len(samples), generator)
 

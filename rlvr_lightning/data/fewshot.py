@@ -89,7 +89,7 @@ class FewShot(PromptSource):
     Example:
         >>> record = FewShot(kinds=["add"], num=1, shots=2)[0]
         >>> record["prompt"].splitlines()[-1], record["answer"]
-        ('', '')
+        ('5 + 14 =', '19')
     """
 
     def __init__(

@@ -129,13 +129,14 @@ def load_table(path: str, config: str | None, split: str) -> Any:
     if kind is not None and not file.is_file():
         raise ValueError(f"path: there is no file {path!r}")
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         if kind is not None:
             return load_dataset(kind, data_files=str(file), split="train")
         return load_dataset(path, config, split=split)
-    except (OSError, ValueError) as error:  # not on the hub, no such split, no network, a damaged file
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, DatasetsError) as error:  # not on the hub, no such split, no network, a damaged file
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ValueError(f"path: cannot load {path!r}: {reason or type(error).__name__}") from None
 
 
