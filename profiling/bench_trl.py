@@ -87,7 +87,7 @@ def small_model(folder: str, num: int) -> list[str]:
 
 
 def random_rewards(count: int, generator: random.Random) -> list[float | None]:
-    """Numbers that differ from each other, so that every group has variance. (None is for TRL's types only.)"""
+    """Numbers that differ, so that every group has variance; none is None, which only TRL's type allows."""
     return [generator.random() for _ in range(count)]
 
 
