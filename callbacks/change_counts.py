@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -75,31 +76,47 @@ def _beyond(old: Tensor, new: Tensor, bound: Tensor | float) -> Tensor:
     return (distance <= bound).logical_not_()
 
 
-def _bf16(old: Tensor, new: Tensor) -> int:
-    return _count(_differ(old.to(torch.bfloat16), new.to(torch.bfloat16)))
+class Pair:
+    """Values before and after, and what several definitions need of them."""
+
+    def __init__(self, old: Tensor, new: Tensor) -> None:
+        self.old, self.new = old, new
+
+    @cached_property
+    def half(self) -> tuple[Tensor, Tensor]:
+        """The values rounded to bf16."""
+        return self.old.to(torch.bfloat16), self.new.to(torch.bfloat16)
+
+    @cached_property
+    def half_differ(self) -> Tensor:
+        """Mask of entries whose bf16 bits differ."""
+        return _differ(*self.half)
 
 
-def _tol(old: Tensor, new: Tensor) -> int:
-    old, new = old.to(torch.bfloat16), new.to(torch.bfloat16)
-    apart = _differ(old, new)
-    if 8 * _count(apart) > old.numel():
-        return _count(_beyond(old.float(), new.float(), 1e-5).logical_and_(apart))
-    few = _where(apart)
+def _bf16(pair: Pair) -> int:
+    return _count(pair.half_differ)
+
+
+def _tol(pair: Pair) -> int:
+    old, new = pair.half
+    if 8 * _count(pair.half_differ) > old.numel():
+        return _count(_beyond(old.float(), new.float(), 1e-5).logical_and_(pair.half_differ))
+    few = _where(pair.half_differ)
     return _count(_beyond(old[few].float(), new[few].float(), 1e-5))
 
 
-def _rel(old: Tensor, new: Tensor) -> int:
-    wide = torch.promote_types(old.dtype, torch.float32)
-    before, after = old.to(wide), new.to(wide)
-    bound = torch.maximum(before.abs(), after.abs()).mul_(1e-3)
-    return _count(_beyond(before, after, bound).logical_and_(_differ(old, new)))
+def _rel(pair: Pair) -> int:
+    wide = torch.promote_types(pair.old.dtype, torch.float32)
+    old, new = pair.old.to(wide), pair.new.to(wide)
+    bound = torch.maximum(old.abs(), new.abs()).mul_(1e-3)
+    return _count(_beyond(old, new, bound).logical_and_(_differ(pair.old, pair.new)))
 
 
-def _stored(old: Tensor, new: Tensor) -> int:
-    return _count(_differ(old, new))
+def _stored(pair: Pair) -> int:
+    return _count(_differ(pair.old, pair.new))
 
 
-DEFINITIONS: dict[str, Callable[[Tensor, Tensor], int]] = {
+DEFINITIONS: dict[str, Callable[[Pair], int]] = {
     "bf16": _bf16,
     "tol1e-5": _tol,
     "rel1e-3": _rel,
@@ -130,10 +147,10 @@ def count_changed(old: Tensor, new: Tensor, definitions: Sequence[str]) -> Tenso
     [[4, 1], [2, 1], [1, 0], [2, 1], [3, 1]]
     """
     zero = _where(torch.from_numpy(bits(old).numpy() << 1 == 0) if old.is_cpu else old == 0)
-    parts = [(old, new), (old[zero], new[zero])]
-    counts = [[before.numel() for before, _ in parts]]
+    parts = [Pair(old, new), Pair(old[zero], new[zero])]
+    counts = [[pair.old.numel() for pair in parts]]
     if torch.equal(bits(old), bits(new)):
         counts += [[0, 0] for _ in definitions]
     else:
-        counts += [[DEFINITIONS[name](*part) for part in parts] for name in definitions]
+        counts += [[DEFINITIONS[name](pair) for pair in parts] for name in definitions]
     return torch.tensor(counts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +14,17 @@ from torch.optim import Optimizer
 from rlvr_lightning.callbacks.change_counts import count_changed
 from rlvr_lightning.callbacks.snapshots import Snapshot
 from rlvr_lightning.callbacks.tensors import distinct, first_copy
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Without torch's own threads: chunks are small, and where cores are busy threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ChangeMeter:
@@ -75,9 +87,10 @@ class ChangeMeter:
         """
         counts = self.empty()
         snapshots = [self._before] + ([self._start] if self._start else [])
-        for part, snapshot in zip(counts, snapshots, strict=True):
-            for index, old, new in snapshot.compare():
-                part[self._here[index]] += count_changed(old, new, self.definitions)
+        with one_thread():
+            for part, snapshot in zip(counts, snapshots, strict=True):
+                for index, old, new in snapshot.compare():
+                    part[self._here[index]] += count_changed(old, new, self.definitions)
         return counts
 
     def close(self) -> None:
