@@ -1,3 +1,4 @@
+import gc
 import math
 
 import pytest
@@ -277,6 +278,19 @@ def test_current_weights_are_used_and_modes_come_back(qwen):
     assert model.config._attn_implementation == implementation
     assert torch.is_grad_enabled()
     assert not any(isinstance(x, torch.Tensor) for x in vars(held).values())
+
+
+def test_nothing_is_held_between_calls(qwen):
+    def storages():
+        gc.collect()
+        return {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+
+    held = engine(qwen, 3)
+    held.generate(PROMPTS, 2, Sampling(max_tokens=3), SEEDS)
+    before = storages()
+    rollouts = held.generate(PROMPTS, 4, Sampling(max_tokens=9), SEEDS)
+    returned = {x.untyped_storage().data_ptr() for x in vars(rollouts).values() if isinstance(x, torch.Tensor)}
+    assert storages() - before <= returned
 
 
 def test_adapters_apply():
