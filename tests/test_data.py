@@ -104,7 +104,7 @@ def test_a_slip_is_carried_on():
 
 def test_jsonl_reads_records_and_renames_the_prompt(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"question": "1+1", "answer": 2}\n\n{"answer": 3, "question": "1+2"}\n')
+    path.write_text('{"question": "1+1", "answer": 2}\r\n\n{"answer": 3, "question": "1+2"}')
     assert list(JsonlPrompts(str(path), "question")) == [{"prompt": "1+1", "answer": 2}, {"prompt": "1+2", "answer": 3}]
 
 
@@ -132,8 +132,8 @@ def test_jsonl_other_errors(tmp_path):
         JsonlPrompts(str(path), "question")
     with pytest.raises(ValueError, match="no file"):
         JsonlPrompts(str(tmp_path / "none.jsonl"))
-    path.write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match="decode"):
+    path.write_bytes(b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: .*decode"):
         JsonlPrompts(str(path))
 
 

@@ -45,7 +45,7 @@ class JsonlPrompts(PromptSource):
         file = Path(path).expanduser()
         if not file.is_file():
             raise ValueError(f"path: there is no file {path!r}")
-        with file.open(encoding="utf-8", errors="strict") as lines:
+        with file.open("rb") as lines:  # decoded line by line, so that a bad byte is found on its line
             self._records = [
                 parse_line(line, f"{file}:{number}", prompt_field)
                 for number, line in enumerate(lines, start=1)
@@ -59,7 +59,7 @@ class JsonlPrompts(PromptSource):
         return self._records[index]
 
 
-def parse_line(line: str, where: str, prompt_field: str) -> Record:
+def parse_line(line: bytes, where: str, prompt_field: str) -> Record:
     """A line of JSONL as a record; `where` (file:line) opens the message of the ValueError it may raise."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Record:
