@@ -15,6 +15,7 @@ A sweep file::
     parallel: 2                                # runs at a time
     threads: 1                                 # OMP_NUM_THREADS of each
     out: results/tiny                          # records/*.json and runs/*/
+    keep_checkpoints: true                     # false: a run that ended well keeps its logs only
 
 A run that has a record is not run again, unless it failed or its command changed. A failed run is a record too.
 """
@@ -59,6 +60,7 @@ class Sweep:
     parallel: int = 1
     threads: int = 1
     out: str = ""
+    keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         for name in ("configs", "metrics", "seeds"):
@@ -180,6 +182,8 @@ def execute(run: Run, sweep: Sweep) -> dict[str, Any] | None:
     if record["status"] == "failed":
         why = [f"metrics.csv has no {', '.join(missing)}"] if missing else []
         record["last_lines"] = why + log.read_text(errors="replace").splitlines()[-15:]
+    elif not sweep.keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
 
 

@@ -26,6 +26,7 @@ with open(folder / "metrics.csv", "w") as file:
     file.write(f"0,{rate + seed / 100},1,\\n0,,1,{rate / 2}\\n")
 with open(folder / "calls.txt", "a") as file:
     file.write("x")
+(folder / "checkpoints").mkdir(exist_ok=True)
 """
 
 
@@ -122,6 +123,12 @@ def test_failures_are_records_and_run_again(stand_in, capsys):
     assert "FAILED" in capsys.readouterr().out
     sweep.main(["--config", str(path), "--dry_run"])
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_checkpoints_of_finished_runs_are_kept_or_not(stand_in, keep):
+    sweep.main(["--config", str(as_file(seeds=[0], keep_checkpoints=keep))])
+    assert Path("results/s/runs/sgd-lr=0.1-seed=0/checkpoints").exists() == keep
 
 
 def test_a_run_without_the_metric_is_a_failure(stand_in):
