@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_lightning.profiling import bench_trl
+from rlvr_lightning.profiling import bench_trl, bench_trl_sides
 
 
 def test_the_clock_gives_each_part_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([10.0, 11.0, 14.0, 16.0, 17.0, 20.0, 20.5])
-    monkeypatch.setattr(bench_trl.time, "perf_counter", lambda: next(ticks))
-    clock = bench_trl.Clock()
+    monkeypatch.setattr(bench_trl_sides.time, "perf_counter", lambda: next(ticks))
+    clock = bench_trl_sides.Clock()
     clock.begin()  # 10
     clock.switch("generate")  # 11
     clock.switch("train")  # 14
@@ -37,7 +37,7 @@ def test_medians_are_over_all_steps_and_over_processes() -> None:
 
 def test_trl_gets_the_same_batch_and_cannot_end_early() -> None:
     plan = {"prompts": 3, "group": 8, "micro_batch": 8, "tokens": 5, "steps": 2, "seed": 0, "prompts_file": "p/f.jsonl"}
-    settings = bench_trl.trl_settings(plan)
+    settings = bench_trl_sides.trl_settings(plan)
     completions = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     assert completions == 3 * 8 and settings["steps_per_generation"] == settings["gradient_accumulation_steps"]
     assert settings["generation_kwargs"]["min_new_tokens"] == settings["max_completion_length"] == 5
