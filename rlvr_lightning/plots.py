@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from rlvr_lightning.bench_tables import fill_bench
 from rlvr_lightning.records import Cell, best_cells, cells, load_records
 from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
 
@@ -139,7 +140,8 @@ def draw(folder: Path, metrics: Sequence[str]) -> list[Path]:
 def fill(path: Path, check: bool) -> int:
     """Fill a Markdown file's blocks, or check that they are filled; returns the exit status."""
     text = path.read_text()
-    new = fill_blocks(text, path.resolve().parent / "results")
+    results = path.resolve().parent / "results"
+    new = fill_bench(fill_blocks(text, results), results)
     if check and new != text:
         print(
             f"error: {path} does not show what the records say: python -m rlvr_lightning plots {path}", file=sys.stderr

@@ -20,7 +20,7 @@ FLOORS = [
     {"experience", "policy", "data", "rollout", "scoring"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
-    {"config_errors", "cli", "records", "tables", "sweep", "plots", "__main__"},
+    {"config_errors", "cli", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},
 ]
 PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
 
