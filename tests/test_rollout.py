@@ -29,6 +29,10 @@ def build(kind, heads=6, kv_heads=2):
         ends = {"bos_token_id": None, "eos_token_id": None}
         config = GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=heads, n_positions=256, **ends)
         model = GPT2LMHeadModel(config)
+    return sharpen(model)
+
+
+def sharpen(model):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(6)  # random weights are too small for distributions worth sampling from
@@ -283,7 +287,7 @@ def test_current_weights_are_used_and_modes_come_back(qwen):
 def test_nothing_is_held_between_calls(qwen):
     def storages():
         gc.collect()
-        return {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+        return {x.untyped_storage().data_ptr() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
 
     held = engine(qwen, 3)
     held.generate(PROMPTS, 2, Sampling(max_tokens=3), SEEDS)
@@ -346,13 +350,24 @@ def test_bad_construction_gets_one_line(qwen):
         HFEngine(torch.nn.Linear(2, 2), STOP, PAD)
 
 
-def test_sliding_window_is_refused_where_it_would_act(qwen):
-    config = Qwen3Config(**(build("qwen3").config.to_dict() | {"use_sliding_window": True, "sliding_window": 32}))
-    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    model = Qwen3ForCausalLM(config)
-    assert engine(model).generate([[1, 2]], 2, Sampling(max_tokens=30), [0]).completion_ids.shape[0] == 2
-    with pytest.raises(ValueError, match="sliding_window"):
-        engine(model).generate([[1, 2]], 2, Sampling(max_tokens=31), [0])
+def test_sliding_window():
+    """Prompts and completions on both sides of a window of 16 tokens; the model's own mask is the reference."""
+    shape = build("qwen3").config.to_dict() | {"use_sliding_window": True, "sliding_window": 16}
+    shape["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = sharpen(Qwen3ForCausalLM(Qwen3Config(**shape)))
+    rollouts = engine(model, 4, stop=[3, 4]).generate(PROMPTS, 2, Sampling(max_tokens=43), SEEDS)
+    assert rollouts.lengths.max() > 16 > rollouts.lengths.min()
+    for r in range(10):
+        logits, completion = full_logits(model, rollouts, r)
+        expected = logits.log_softmax(-1).gather(1, completion[:, None])[:, 0]
+        assert (rollouts.rollout_logprobs[r, : len(completion)] - expected).abs().max() < 1e-4
+
+
+def test_other_kinds_of_attention_are_refused():
+    config = build("qwen3").config
+    config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    with pytest.raises(ValueError, match="layers of type 'chunked_attention'"):
+        engine(Qwen3ForCausalLM(config))
 
 
 def test_stop_token_ids():

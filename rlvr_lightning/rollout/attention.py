@@ -21,8 +21,20 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # extras of attention that 
 class AttentionState(Protocol):
     """Where keys and values live."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store new keys and values [B, heads, tokens, D]; return the attention output [B, tokens, heads, D]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Store new keys and values and attend to what is stored.
+
+        Args:
+            layer: number of the layer.
+            query: float [B, query heads, tokens, D].
+            key: float [B, heads, tokens, D].
+            value: float [B, heads, tokens, D].
+            scale: multiplies the dot products.
+            window: a token sees itself and the window - 1 before it; None sees all before it.
+
+        Returns:
+            float [B, tokens, query heads, D]
+        """
         ...
 
 
@@ -33,10 +45,10 @@ def rollout_attention(
     for name in UNSUPPORTED:
         if extras.get(name) is not None:
             raise ValueError(f"model: its attention uses {name!r}, which HFEngine does not compute; use another engine")
-    scale = extras.get("scaling")
     state: AttentionState = extras["rollout_state"]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return state.attend(layer, query, key, value, query.shape[-1] ** -0.5 if scale is None else scale), None
+    scale = query.shape[-1] ** -0.5 if extras.get("scaling") is None else extras["scaling"]
+    return state.attend(layer, query, key, value, scale, extras.get("sliding_window")), None
 
 
 @contextmanager
@@ -73,15 +85,21 @@ class PromptPass:
         self.lengths = lengths
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Causal attention of each prompt to itself."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Causal attention of each prompt to itself: see `AttentionState`."""
         self.layers[layer] = (key[0], value[0])
-        shared_heads = query.shape[1] != key.shape[1]
-        parts = zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
-        outputs = [
-            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared_heads)
-            for q, k, v in parts
-        ]
+        gqa = query.shape[1] != key.shape[1]
+        outputs = []
+        for q, k, v in zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True):
+            mask = None
+            if window is not None and q.shape[2] > window:
+                place = torch.arange(q.shape[2], device=q.device)
+                distance = place[:, None] - place
+                mask = (distance >= 0) & (distance < window)
+            output = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            )
+            outputs.append(output)
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
     def keys_values(self, number: int) -> dict[int, tuple[Tensor, Tensor]]:

@@ -51,6 +51,8 @@ class Layout:
     """int64 [rows * heads]: the slot of each (row, head)."""
     slots: list[int]
     """How many slots each bucket has."""
+    offset: Tensor
+    """int64 [rows * heads, 1, 1]: position of a row's token less its column."""
     prefix_bias: list[Tensor | None]
     suffix_bias: Tensor | None
     """[rows * heads, 1, columns]: -inf before a row's first column; None where all rows began together."""
@@ -117,7 +119,7 @@ class SharedCache:
             self._resize(0)
         self.column += 1
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Attention of one new token a row: see `AttentionState`."""
         rows, heads, _, depth = key.shape
         own_key, own_value = self._write(layer, key, value)
@@ -132,6 +134,11 @@ class SharedCache:
             ],
             dim=-1,
         )
+        if window is not None:
+            last = self.column - 1
+            distance = layout.offset + last - torch.arange(width, device=key.device)
+            all_scores[:, :, :width].masked_fill_(distance >= window, -torch.inf)
+            all_scores[:, :, width : width + max(0, self.column - window)] = -torch.inf
         shares = all_scores.softmax(-1, dtype=torch.float32).to(value.dtype)
         output = self._prompt_values(layer, shares[:, :, :width], layout)
         return torch.baddbmm(output, shares[:, :, width:], own_value).view(rows, 1, query.shape[1], -1)
@@ -231,11 +238,14 @@ class SharedCache:
                 gather[slot] = row * heads + head
                 scatter.append(slot)
             seen[p] += 1
+        lengths = {p: n for b in self.buckets for p, n in zip(b.prompts, b.lengths, strict=True)}
+        offset = torch.tensor([lengths[p] - s for p, s in zip(self.prompt_of_row, self.starts, strict=True)])
         sizes = [len(b.prompts) * heads * width for b, width in zip(self.buckets, places, strict=True)]
         layout = Layout(
             gather=torch.tensor(gather, device=like.device),
             scatter=torch.tensor(scatter, device=like.device),
             slots=sizes,
+            offset=offset.repeat_interleave(heads)[:, None, None].to(like.device),
             prefix_bias=[b.bias(heads, like) for b in self.buckets],
             suffix_bias=self._suffix_bias(heads, like),
         )

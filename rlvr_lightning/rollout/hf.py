@@ -45,6 +45,9 @@ class HFEngine:
             )
         self.model = model
         self.config = causal_lm.config.get_text_config()
+        strange = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if strange:
+            raise ValueError(f"model: HFEngine cannot compute its layers of type {min(strange)!r}; use another engine")
         bad = [i for i in (*stop_token_ids, pad_token_id) if not 0 <= i < self.config.vocab_size]
         if bad:
             raise ValueError(f"stop_token_ids and pad_token_id must lie below {self.config.vocab_size}, got {bad[0]}")
@@ -95,15 +98,12 @@ class HFEngine:
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(f"prompts[{i}] has a token outside the model's vocabulary of {self.config.vocab_size}")
         longest = max(map(len, prompts)) + sampling.max_tokens
-        limits = {"max_position_embeddings": getattr(self.config, "max_position_embeddings", None)}
-        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ["sliding_attention"]):
-            limits["sliding_window (HFEngine has full attention only)"] = getattr(self.config, "sliding_window", None)
-        for name, limit in limits.items():
-            if limit is not None and longest > limit:
-                raise ValueError(
-                    f"sampling.max_tokens: {sampling.max_tokens} plus the longest prompt make {longest} tokens, "
-                    f"over the model's {name} = {limit}; lower it or drop long prompts"
-                )
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"sampling.max_tokens: {sampling.max_tokens} plus the longest prompt make {longest} tokens, "
+                f"over the model's max_position_embeddings = {limit}; lower it or drop long prompts"
+            )
 
 
 class _Run:
