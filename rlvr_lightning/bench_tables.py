@@ -34,7 +34,8 @@ def trl_rows(record: dict[str, Any]) -> Iterator[list[str]]:
             what = f"seconds, {label}, against TRL, {record['model']}"
             yield [what, f"{ours[key]:.2f}", f"{trl[key]:.2f}", f"{ours[key] / trl[key]:.2f}", record["command"]]
     peaks = [gib(side["peak_bytes"]) for side in (ours, trl)]
-    yield [f"GiB, peak of the process, against TRL, {record['model']}", *peaks, f"{ratio['peak_bytes']:.2f}", "the same"]
+    what = f"GiB, peak of the process, against TRL, {record['model']}"
+    yield [what, *peaks, f"{ratio['peak_bytes']:.2f}", "the same"]
 
 
 def bench_table(results: Path) -> str:
