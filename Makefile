@@ -2,6 +2,8 @@
 # make test   set up and run the tests (minutes); make test-all adds the slow ones (an hour or more)
 PYTHON ?= python3
 VENV ?= .venv
+# One thread: on busy cores two of them wait for each other, and the tiny model gains nothing from the second.
+export OMP_NUM_THREADS ?= 1
 RUN = $(VENV)/bin/python
 
 .PHONY: fit test test-all lint install clean

@@ -60,8 +60,16 @@ def token_logprobs(
     scale = head.scale / temperature
     # Softcap acts before the temperature: fold both into cap(x) = softcap/T * tanh(x * T / softcap), x = logits / T.
     softcap = head.softcap / temperature if head.softcap else None
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # the backward pass runs outside autocast and must compute the same logits
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     logprob, entropy = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, (scale, softcap, chunk))
     return logprob, entropy
+
+
+def _as(hidden: Tensor, x: Any) -> Any:
+    """A tensor in the dtype of the hidden states; None stays None."""
+    return None if x is None else x.to(hidden.dtype)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -87,10 +95,11 @@ class _TokenLogprobs(torch.autograd.Function):
         settings: tuple[float, float | None, int],
     ) -> tuple[Tensor, Tensor]:
         scale, softcap, chunk = settings
+        used_weight, used_bias = _as(hidden, weight), _as(hidden, bias)
         logprob, entropy, lse = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            z = _logits(hidden[rows], weight, bias, scale, softcap)
+            z = _logits(hidden[rows], used_weight, used_bias, scale, softcap)
             top = z.amax(-1)
             at_target = z.gather(1, targets[rows, None])[:, 0] - top
             z.sub_(top[:, None])
@@ -112,13 +121,14 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         scale, softcap, chunk = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        used_weight, used_bias = _as(hidden, weight), _as(hidden, bias)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Summed over chunks in fp32: bf16 sums of many chunks would round each time.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            z = _logits(hidden[rows], weight, bias, scale, softcap)
+            z = _logits(hidden[rows], used_weight, used_bias, scale, softcap)
             slope = None if softcap is None else 1 - (z / softcap).square_()
             z.sub_(lse[rows, None])  # log p
             d = _logits_gradient(z, targets[rows], grad_logprob, grad_entropy, entropy, rows)
@@ -126,7 +136,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 d.mul_(slope)
             d = d.mul_(scale).to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(d, weight.to(d.dtype), out=grad_hidden[rows])
+                torch.mm(d, used_weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_outer(grad_weight, d, hidden[rows])
             if grad_bias is not None:

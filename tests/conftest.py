@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference` and e
 
 from rlvr_lightning.schema import Rollouts
 
+torch.set_num_threads(1)  # two threads on busy cores wait for each other
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

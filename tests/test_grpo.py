@@ -281,6 +281,16 @@ def test_resumed_run_equals_uninterrupted(folder: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
 
 
+@pytest.mark.parametrize(("settings", "trainer"), [({"dtype": "bfloat16"}, {}), ({}, {"precision": "bf16-mixed"})])
+def test_bf16_weights_and_mixed_precision_train(folder: str, tmp_path: Path, settings: dict, trainer: dict) -> None:
+    model = module(folder, activation_checkpointing=True, **settings)
+    model.configure_model()
+    before = weights(model)
+    done = fit(model, tmp_path, steps=2, **trainer)
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    assert done.callback_metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=0.05)
+
+
 def test_warmup_and_schedule_are_stepped(folder: str, tmp_path: Path) -> None:
     model = module(folder, warmup_steps=4, optimizer=partial(torch.optim.SGD, lr=1.0))
     trainer = fit(model, tmp_path, steps=2)

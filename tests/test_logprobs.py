@@ -42,6 +42,22 @@ def test_values_and_gradients_equal_autograd(chunk: int, scale: float, softcap: 
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+def test_bf16_is_near_fp32(mode: str) -> None:
+    h, w, b, targets = head_case(tokens=40, hidden=16, vocab=50)
+    exact = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, 7)
+    wanted = torch.autograd.grad((exact[0] + 0.3 * exact[1]).sum(), (h, w, b))
+    if mode == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            out = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, 7)
+    else:
+        out = token_logprobs(h.bfloat16(), Head(weight=w.bfloat16(), bias=b.bfloat16()), targets, 1.0, 7)
+    assert out[0].dtype == torch.float32
+    got = torch.autograd.grad((out[0] + 0.3 * out[1]).sum(), (h, w, b))
+    for a, e in zip((*out, *got), (*exact, *wanted), strict=True):
+        assert (a - e).norm() < 0.03 * e.norm()
+
+
 def test_values_equal_naive_floats() -> None:
     h, w, _, targets = head_case(bias=False)
     logprob, entropy = token_logprobs(h, Head(weight=w), targets, 1.0, 4)

@@ -1,0 +1,52 @@
+"""The README says what is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlvr_lightning.bench_tables import bench_table, fill_bench
+from rlvr_lightning.configuration import packaged_configs
+from rlvr_lightning.plots import main as plots
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_show_what_the_records_say() -> None:
+    assert plots([str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_pictures_and_files_exist() -> None:
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"\b([a-z0-9_.]+\.yaml)\b", README):
+        assert name in packaged_configs() or name == "config.yaml", name
+
+
+def test_the_file_map_is_true() -> None:
+    block = README.split("## File map")[1].split("```")[1]
+    names = re.findall(r"[\w/]+\.py|[\w/]+/", block)
+    for name in names:
+        assert (
+            (ROOT / name).exists() or (ROOT / "rlvr_lightning" / name).exists() or (ROOT / "tests" / name).exists()
+        ), name
+    for path in (ROOT / "rlvr_lightning").glob("*.py"):
+        assert path.name in block or path.name == "__init__.py", f"{path.name} is missing from the README's file map"
+
+
+def test_bench_block_is_rendered_from_records(tmp_path: Path) -> None:
+    speed = {"engine": 300.0, "generate": 100.0}
+    record = {"model": "m", "median_tokens_per_s": speed, "ratio": 3.0, "command": "python -m x"}
+    (tmp_path / "bench_rollout_m.json").write_text(json.dumps(record))
+    assert bench_table(tmp_path).splitlines()[2] == (
+        "| tokens/s, engine against `model.generate`, m | 300 | 100 | 3.00 | `python -m x` |"
+    )
+    filled = fill_bench("a\n<!-- bench -->\nold\n<!-- end -->\nb", tmp_path)
+    assert "old" not in filled
+    assert fill_bench(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match="the bench block: no records"):
+        fill_bench(filled, tmp_path / "none")
