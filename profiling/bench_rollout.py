@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -171,6 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ratio": per_s["engine"] / per_s["generate"],
         "cpu": cpu_name(),
         "torch_threads": torch.get_num_threads(),
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
