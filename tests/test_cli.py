@@ -126,17 +126,24 @@ def test_fit_help_explains_the_settings(tmp_path: Path) -> None:
         (["--model.group_size", "1"], "group_size must be at least 2, got 1"),
         (["--model.model", "/no/such"], "model: no folder '/no/such'"),
         (["--data.prompts_per_step", "0"], "data.prompts_per_step must be at least 1, got 0"),
-        (["--data.max_prompt_tokens", "1"], "data.train is empty: all"),
+        (["--data.max_prompt_tokens", "1"], "is empty: all"),
         (["--model.sampling.max_tokens", "100000"], "max_tokens"),
     ],
 )
-def test_mistakes_get_one_line(argv: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_get_one_line(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlvr_lightning.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
     config = [] if argv[0] == "--config" else ["--config", "sgd.yaml"]
-    done = rlvr("fit", *config, *argv, cwd=tmp_path)
-    assert done.returncode != 0
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    try:
+        status = main(["fit", *config, *argv, "--trainer.accelerator=cpu"])
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert message in line
-    assert "Traceback" not in done.stderr
 
 
 def test_unknown_command(tmp_path: Path) -> None:
@@ -184,20 +191,19 @@ def test_packaged_configs_parse(name: str, tmp_path: Path, capsys: pytest.Captur
     assert "class_path" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_wheel_and_sdist_work_away_from_the_checkout(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
-    [sdist] = tmp_path.glob("*.tar.gz")
-    for artefact in (wheel, sdist):
-        target = tmp_path / artefact.suffix
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, artefact]
-        subprocess.run(pip, check=True, capture_output=True)
-        environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
-        fit = [sys.executable, "-m", "rlvr_lightning", "fit", "--config", "sgd.yaml", "--trainer.max_steps=1"]
-        fit += ["--data.val.arithmetic.num=8"]
-        done = subprocess.run(fit, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        probe = [sys.executable, "-c", "import rlvr_lightning; print(rlvr_lightning.__file__)"]
-        where = subprocess.run(probe, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
-        assert str(target) in where
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
+def test_distributions_work_away_from_the_checkout(kind: str, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", f"--{kind}", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    [artefact] = [path for path in tmp_path.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, artefact]
+    subprocess.run(pip, check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    fit = [sys.executable, "-m", "rlvr_lightning", "fit", "--config", "sgd.yaml", "--trainer.max_steps=1"]
+    fit += ["--data.val.arithmetic.num=8"]
+    done = subprocess.run(fit, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    probe = [sys.executable, "-c", "import rlvr_lightning; print(rlvr_lightning.__file__)"]
+    where = subprocess.run(probe, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert str(target) in where
