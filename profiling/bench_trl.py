@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -128,6 +129,8 @@ def in_process(side: str, plan_file: Path, threads: int) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        raise RuntimeError(f"the {side} side was killed, most likely for memory: try a smaller --micro-batch")
     if done.returncode != 0:
         raise RuntimeError(f"the {side} side failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
