@@ -80,7 +80,7 @@ def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
         dots = [(x, value) for x, values in points for value in values]
         axes.plot(*zip(*dots, strict=True), marker, color=color, markersize=5, alpha=0.7, label=name)
     starts = [value for cell in found for value in cell.values(metric, "start")]
-    if starts and metric.startswith("val/"):  # measured before training; of others the first value is after a batch
+    if starts:
         axes.axhline(mean(starts), color="grey", linewidth=1, linestyle=":", label="start")
     axes.set_xscale("log")
     settings = {setting.rpartition(".")[2] for cell in found if (setting := swept(cell))}

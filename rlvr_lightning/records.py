@@ -87,8 +87,12 @@ class Cell:
         return [record for record in self.records if record["status"] == "ok"]
 
     def values(self, metric: str, which: str = "final") -> list[float]:
-        """`start`, `final` or `best` of a metric, over the good runs; what is missing or not finite is left out."""
-        values = [record["metrics"].get(metric, {}).get(which) for record in self.good]
+        """`start`, `final` or `best` of a metric, over the good runs; what is missing or not finite is left out.
+
+        Only what was measured before the first step is a `start`.
+        """
+        kept = [record["metrics"][metric] for record in self.good if metric in record["metrics"]]
+        values = [summary[which] for summary in kept if which != "start" or summary["curve"][0][0] == 0]
         return [value for value in values if value is not None]
 
 

@@ -75,33 +75,29 @@ def rows(records: Iterable[Mapping[str, Any]], metrics: Sequence[str], best: boo
 
     Args:
         records: of one sweep.
-        metrics: shown as the mean at the end of training with the range over seeds; validation also at the start.
+        metrics: shown as the mean at the end of training with the range over seeds; also at the start if measured then.
         best: only the best cell of each label, by the first metric.
     """
     found = cells(records)
     if best:
         found = best_cells(found, metrics[0])
+    started = {name for name in metrics if any(cell.values(name, "start") for cell in found)}
     heading = ["run", "seeds"]
     for name in metrics:
-        heading += [f"{name} start", f"{name} end"] if _has_start(name) else [name]
+        heading += [f"{name} start", f"{name} end"] if name in started else [name]
     heading += ["seconds", "peak GiB", "optimizer state bytes"]
     table = [heading]
     for cell in found:
         failed = len(cell.records) - len(cell.good)
         row = [cell.name, f"{len(cell.good)}" + (f" ({failed} failed)" if failed else "")]
         for name in metrics:
-            row += [spread(cell.values(name, "start"))] if _has_start(name) else []
+            row += [spread(cell.values(name, "start"))] if name in started else []
             row += [spread(cell.values(name))]
         row += [spread([record["wall_s"] for record in cell.good], lambda seconds: f"{seconds:.0f}")]
         row += [gib(max(peaks)) if (peaks := _memory(cell, "peak_bytes")) else "-"]
         row += [f"{max(state):,}" if (state := _memory(cell, "optimizer_state", "local_bytes")) else "-"]
         table.append(row)
     return table
-
-
-def _has_start(metric: str) -> bool:
-    """Whether it was measured before training; the first value of the others is that of the first batch."""
-    return metric.startswith("val/")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rlvr_lightning.configuration import PACKAGED, find_config, packaged_configs, resolve_config_arguments
+from rlvr_lightning.sweep import read_sweep
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,7 +182,8 @@ def test_pairs_differ_in_nothing_but_the_optimizer(one: str, other: str) -> None
 def test_packaged_configs_parse(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = (PACKAGED / name).read_text().splitlines()[0]
     assert header.startswith("# ")
-    if "sweep" in name:
+    if "configs" in yaml.safe_load((PACKAGED / name).read_text()):
+        assert list(read_sweep(PACKAGED / name).runs())
         return
     from rlvr_lightning.cli import main
 
