@@ -29,6 +29,7 @@ def group_advantages(rewards: Tensor, group: int, baseline: Baseline = "mean_std
         ValueError: a group of one has no baseline; or R is not a multiple of G.
 
     Example:
+        >>> import torch
         >>> group_advantages(torch.tensor([3.0, 0.0, 0.0, 2.0, 2.0, 2.0]), 3, "leave_one_out").tolist()
         [3.0, -1.5, -1.5, 0.0, 0.0, 0.0]
     """
@@ -53,6 +54,7 @@ def has_signal(rewards: Tensor, group: int) -> Tensor:
     """Bool [P]: True for groups whose rewards are not all equal, the only ones that teach.
 
     Example:
+        >>> import torch
         >>> has_signal(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2).tolist()
         [True, False]
     """

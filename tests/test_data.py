@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlvr_lightning.data.arithmetic import Arithmetic, ArithmeticDemos, changes, demonstrate, split_of, totals
-from rlvr_lightning.data.prompts import JsonlPrompts, PromptData, PromptLoader, PromptSource
+from rlvr_lightning.data.prompts import JsonlPrompts, PromptData, PromptLoader, PromptSource, encode
 
 
 class Records(PromptSource):
@@ -270,3 +270,17 @@ def test_bad_counts_are_refused_at_once():
         make(prompts_per_step=0)
     with pytest.raises(ValueError, match=r"data\.test is missing"):
         make().test_dataloader()
+
+
+@pytest.mark.parametrize(("adds_bos", "expected"), [(True, [1, 120]), (False, [1, 120])])
+def test_a_template_s_first_token_is_neither_doubled_nor_lost(adds_bos: bool, expected: list[int]) -> None:
+    class Tokenizer:
+        bos_token, bos_token_id = "<s>", 1
+
+        def __call__(self, text):
+            texts = [text] if isinstance(text, str) else text
+            ids = [[1] * adds_bos + [1] * t.startswith("<s>") + [ord(c) for c in t.removeprefix("<s>")] for t in texts]
+            return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+    [record] = encode([{"prompt": "<s>x"}], Tokenizer(), 9, "data.train")
+    assert record["prompt_ids"] == expected

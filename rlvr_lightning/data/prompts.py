@@ -248,8 +248,10 @@ def encode(source: PromptSource, tokenizer: Any, max_prompt_tokens: int, field: 
     records = [check_record(source[index], f"{field}[{index}]") for index in range(len(source))]
     if not records:
         raise ValueError(f"{field} is empty: give it at least one prompt")
-    bos = tokenizer.bos_token
-    ids = tokenizer([record["prompt"].removeprefix(bos or "") for record in records])["input_ids"]
+    # A chat template may have written the token that the tokenizer puts in front by itself.
+    adds_bos = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token if adds_bos else ""
+    ids = tokenizer([record["prompt"].removeprefix(bos) for record in records])["input_ids"]
     encoded = [
         record | {"prompt_ids": list(tokens), "index": index}
         for index, (record, tokens) in enumerate(zip(records, ids, strict=True))
