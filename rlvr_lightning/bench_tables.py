@@ -18,24 +18,29 @@ BLOCK = re.compile(r"(<!-- bench -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADING = ["measured", "here", "peer", "ratio", "command"]
 
 
+def shown(record: dict[str, Any]) -> str:
+    """The command that measures it again, without what all of them begin with."""
+    return f"`{record['command'].removeprefix('python -m rlvr_lightning.')}`"
+
+
 def rollout_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """Of a record of `profiling/bench_rollout.py`."""
     speed = record["median_tokens_per_s"]
     what = f"tokens/s, engine against `model.generate`, {record['model']}"
-    yield [what, f"{speed['engine']:,.0f}", f"{speed['generate']:,.0f}", f"{record['ratio']:.2f}", record["command"]]
+    yield [what, f"{speed['engine']:,.0f}", f"{speed['generate']:,.0f}", f"{record['ratio']:.2f}", shown(record)]
 
 
 def trl_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """Of a record of `profiling/bench_trl.py`."""
     ours, trl, ratio = record["median"]["ours"], record["median"]["trl"], record["ratio"]
-    parts = {"step_s": "a step", "generate_s": "- of it generating", "train_s": "- of it forward and backward"}
+    parts = {"step_s": "a step", "generate_s": "of it generating", "train_s": "of it forward and backward"}
     for key, label in parts.items():
         if key in ours and key in trl:
             what = f"seconds, {label}, against TRL, {record['model']}"
-            yield [what, f"{ours[key]:.2f}", f"{trl[key]:.2f}", f"{ours[key] / trl[key]:.2f}", record["command"]]
+            yield [what, f"{ours[key]:.2f}", f"{trl[key]:.2f}", f"{ours[key] / trl[key]:.2f}", shown(record)]
     peaks = [gib(side["peak_bytes"]) for side in (ours, trl)]
     what = f"GiB, peak of the process, against TRL, {record['model']}"
-    yield [what, *peaks, f"{ratio['peak_bytes']:.2f}", "the same"]
+    yield [what, *peaks, f"{ratio['peak_bytes']:.2f}", shown(record)]
 
 
 def bench_table(results: Path) -> str:
@@ -43,9 +48,7 @@ def bench_table(results: Path) -> str:
     rows = [HEADING]
     for pattern, make in (("bench_rollout_*.json", rollout_rows), ("bench_trl_*.json", trl_rows)):
         for path in sorted(results.glob(pattern)):
-            for what, here, peer, ratio, command in make(json.loads(path.read_text())):
-                shown = command if command == "the same" else f"`{command.removeprefix('python -m rlvr_lightning.')}`"
-                rows.append([what, here, peer, ratio, shown if rows[-1][4] != shown else "the same"])
+            rows += make(json.loads(path.read_text()))
     return markdown(rows)
 
 
