@@ -110,7 +110,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
 def test_fit_help_explains_the_settings(tmp_path: Path) -> None:
     done = rlvr("fit", "--model.help", "rlvr_lightning.grpo.GRPO", cwd=tmp_path)
     assert "completions per prompt, G" in done.stdout
-    assert "off by default" not in done.stderr
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(
