@@ -16,13 +16,15 @@ FILES = sorted(
 # Lower rooms know nothing of higher ones.
 FLOORS = [
     {"schema", "seeds", "configuration"},
-    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards"},
+    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards"}
+    | {"delta", "delta_tensor", "delta_digest"},
     {"experience", "policy", "data", "rollout", "scoring"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {"config_errors", "cli", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},
 ]
 PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
+PURE += ["delta", "delta_tensor", "delta_digest"]
 
 
 def room(path: Path) -> str:
