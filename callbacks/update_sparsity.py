@@ -55,7 +55,7 @@ class UpdateSparsity(Callback):
     bits). Counted are the distinct parameters of the optimizer, tied ones once; those that are frozen are `entries`
     that do not change. `module_entries` is the size of the whole module, for adapters. Shards are counted where they
     lie, and summed. The 1st step of each optimizer is measured, then every N-th; a step is what happens inside
-    `optimizer.step()`: updates applied during the backward pass are not seen.
+    `optimizer.step()`, and, if the optimizer has `register_begin_hook`, what it did before that in the backward pass.
 
     Old values wait in host files without names in the run folder: one of the size of the weights, and one more with
     those of the start if `total`. Nothing is held on the device. A full disk ends the measuring, not the run.
@@ -100,7 +100,9 @@ class UpdateSparsity(Callback):
         first = self._trainer.is_global_zero
         meter = ChangeMeter(optimizer, names, self.definitions, self._folder, self.total, first_rank=first)
         watched = Watched(index, self._since // len(self._trainer.optimizers), meter)
-        before = optimizer.register_step_pre_hook(lambda *_: self._before_step(watched))
+        # an optimizer that updates during the backward pass says when it begins
+        register = getattr(optimizer, "register_begin_hook", optimizer.register_step_pre_hook)
+        before = register(lambda *_: self._before_step(watched))
         watched.handles = [before, optimizer.register_step_post_hook(lambda *_: self._after_step(watched))]
         return watched
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlvr_lightning.schema import Rollouts
+from rlvr_lightning.schema import Rollouts, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,22 @@ class Experience:
         prompts = max(1, size // group)
         for start in range(0, len(order), prompts):
             yield whole.select(order[start : start + prompts])
+
+
+def check_settings(
+    group_size: int,
+    batching: Batching,
+    sampling: Sampling,
+    rewards: Collection[str],
+    reward_weights: Collection[str] | None,
+) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, got {group_size}: a group of one has no baseline")
+    batching.check(group_size)
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature must be positive in training: greedy groups are all alike")
+    if not rewards:
+        raise ValueError("rewards must name at least one reward")
+    if unknown := set(reward_weights or {}) - set(rewards):
+        raise ValueError(f"reward_weights names {sorted(unknown)}, rewards has {sorted(rewards)}")

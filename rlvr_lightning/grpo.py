@@ -35,10 +35,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
-from rlvr_lightning.experience import Batching, Experience, Handling
+from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
-from rlvr_lightning.policy import LoRA, Policy, Reference, load_model, load_tokenizer, resolve_model
+from rlvr_lightning.optim.release import GradientRelease
+from rlvr_lightning.optim.updates import Updates
+from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
+from rlvr_lightning.reference import Reference
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
@@ -70,6 +73,11 @@ class GRPO(LightningModule):
         val_samples: sampled completions per problem in validation, beside the greedy one.
         lora: train adapters of this shape instead of the weights.
         dtype: of the stored weights.
+        compute_dtype: of activations and arithmetic; `auto` is that of the weights, but float32 for 16-bit weights on a
+            CPU, which is several times faster there. Layers cast their weights as they run, never the whole model.
+        reference: how the KL term's reference is kept: as the entries that changed since the start, or as a copy; both
+            give the same numbers. Without a KL term (`objective.kl_coef`) there is none.
+        gradient_release: update weights during the backward pass, so that gradients never exist all at once.
         activation_checkpointing: recompute layers in the backward pass: less memory, about a third more time.
         seed: of sampling; use the run's seed.
 
@@ -96,12 +104,19 @@ class GRPO(LightningModule):
         val_samples: int = 4,
         lora: LoRA | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        reference: Literal["delta", "copy", "none"] = "delta",
+        gradient_release: GradientRelease | None = None,
         activation_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        _check(group_size, batching, sampling, rewards, reward_weights)
+        check_settings(group_size, batching, sampling, rewards, reward_weights)
+        if reference == "none" and objective.kl_coef > 0:
+            raise ValueError(
+                "reference: none leaves objective.kl_coef nothing to compare with; set it to 0, or keep one"
+            )
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
@@ -109,11 +124,13 @@ class GRPO(LightningModule):
         self.group_size, self.advantage, self.objective = group_size, advantage, objective
         self.sampling, self.batching, self.handling = sampling, batching, handling
         self.max_grad_norm, self.val_samples = max_grad_norm, val_samples
-        self.lora, self.weights_dtype = lora, getattr(torch, dtype)
+        self.lora, self.weights_dtype, self.compute_dtype = lora, getattr(torch, dtype), compute_dtype
+        self.keep_reference, self.gradient_release = reference, gradient_release
         self.activation_checkpointing, self.seed = activation_checkpointing, seed
         self.policy: Policy = cast(Policy, None)  # built, like the next two, by configure_model
         self.reference: Reference | None = None
         self.engine: HFEngine = cast(HFEngine, None)
+        self.updates: Updates = cast(Updates, None)  # made with the optimizer
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
         self.phase_listeners: list[Callable[[str], None]] = []
         self.last_samples: list[Record] = []
@@ -128,8 +145,9 @@ class GRPO(LightningModule):
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = Policy(self.lora.adapt(model) if self.lora else model)
-        needs_reference = self.objective.kl_coef > 0
-        self.reference = Reference(self.policy) if needs_reference else None
+        self.policy.compute_in(self.compute_dtype, self._trainer.strategy.root_device if self._trainer else self.device)
+        if self.objective.kl_coef > 0:
+            self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
         stops = stop_token_ids(self.tokenizer, self.scorer.stop)
         pad = self.tokenizer.pad_token_id
         self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
@@ -137,12 +155,18 @@ class GRPO(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, with its schedule."""
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release)
+        if self.reference is not None:
+            self.reference.listen(optimizer)
         scheduler = with_warmup(optimizer, self.make_scheduler, self.warmup_steps)
         return [optimizer], [] if scheduler is None else [scheduler]
 
     def setup(self, stage: str) -> None:
         """Check what the data module's batch size must divide into."""
         prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None)
+        if stage == "fit" and prompts and self.gradient_release:
+            completions = prompts * self.group_size // self.batching.minibatches // self.trainer.world_size
+            self.gradient_release.check(completions, self.batching.micro_batch)
         if stage == "fit" and prompts is not None and prompts % (self.batching.minibatches * self.trainer.world_size):
             raise ValueError(
                 f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
@@ -154,8 +178,11 @@ class GRPO(LightningModule):
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: Record) -> None:
-        """Continue the count that seeds sampling."""
+        """Continue the count that seeds sampling; the reference stays what the policy is before it is overwritten."""
         self.rollout_step = checkpoint.get("rollout_step", 0)
+        if self.reference is not None:
+            weights = checkpoint["state_dict"]
+            self.reference.rebase({p: weights[name] for name, p in self.named_parameters() if name in weights})
 
     # ---- one training step ----
 
@@ -248,26 +275,19 @@ class GRPO(LightningModule):
 
     def update(self, minibatch: Experience) -> dict[str, float]:
         """One optimizer step on a minibatch. Returns sums over the tokens that went through the model."""
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        optimizer.zero_grad()
         counts = self._global_counts(minibatch.mask)
         needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
         live = has_signal(minibatch.advantages, self.group_size) | needs_all
         live &= minibatch.mask.view(len(live), -1).any(1)
         metrics = {"tokens": 0.0, "skipped": float((~live).sum()), "steps": 1.0}
-        if live.any():
-            for micro in minibatch.select(live.nonzero()[:, 0].tolist()).micro_batches(self.batching.micro_batch):
-                for name, value in self._forward_backward(micro, counts).items():
-                    metrics[name] = metrics.get(name, 0.0) + value
+        chosen = minibatch.select(live.nonzero()[:, 0].tolist()) if live.any() else None
+        micros = list(chosen.micro_batches(self.batching.micro_batch)) if chosen else []
+        self.updates.begin(len(micros))
+        for micro in micros:
+            for name, value in self._forward_backward(micro, counts).items():
+                metrics[name] = metrics.get(name, 0.0) + value
         self._phase("optimizer")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or float("inf"))
-        if torch.isfinite(norm):
-            metrics["grad_norm"] = float(norm)
-        else:  # one bad batch must not end in NaN weights
-            optimizer.zero_grad()
-            metrics["nonfinite"] = 1.0
-        optimizer.step()  # without any gradient a no-op that keeps `global_step` in time
+        metrics |= self.updates.finish(cast(LightningOptimizer, self.optimizers()).step)
         if (scheduler := self.lr_schedulers()) is not None:
             scheduler.step()  # type: ignore[union-attr]
         return metrics
@@ -286,7 +306,7 @@ class GRPO(LightningModule):
             ref_logprobs=micro.ref_logprobs,
         )
         self._phase("backward")
-        self.manual_backward(out.loss * self.trainer.world_size)  # ranks are averaged, the weights are global
+        self.updates.backward(out.loss * self.trainer.world_size)  # ranks are averaged, the weights are global
         metrics = {name: float(value) for name, value in out.metrics.items()}
         return metrics | {"tokens": float(micro.mask.sum()), "loss": float(out.loss.detach())}
 
@@ -377,22 +397,3 @@ class GRPO(LightningModule):
             if "kl" in totals:
                 self.log("policy/kl", totals["kl"] / totals["tokens"], prog_bar=True, sync_dist=True)
         self.log_dict(values, sync_dist=True)
-
-
-def _check(
-    group_size: int,
-    batching: Batching,
-    sampling: Sampling,
-    rewards: dict[str, Reward],
-    reward_weights: dict[str, float] | None,
-) -> None:
-    """Settings that cannot work, found before anything is loaded."""
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}: a group of one has no baseline")
-    batching.check(group_size)
-    if sampling.temperature == 0:
-        raise ValueError("sampling.temperature must be positive in training: greedy groups are all alike")
-    if not rewards:
-        raise ValueError("rewards must name at least one reward")
-    if unknown := set(reward_weights or {}) - set(rewards):
-        raise ValueError(f"reward_weights names {sorted(unknown)}, rewards has {sorted(rewards)}")

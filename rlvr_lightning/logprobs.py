@@ -1,19 +1,23 @@
 """Token log-probabilities and entropies without the [tokens, vocabulary] tensor.
 
-Logits of 4096 tokens over 150k words take 2.3 GiB in fp32, and autograd would keep several such tensors. Here the
-last linear layer runs over a few hundred tokens at a time; the backward pass computes the same logits again and turns
-them into gradients in place. What is kept between the passes is one number a token (the log-sum-exp).
+Logits of 4096 tokens over 150k words take 2.3 GiB in fp32, and autograd would keep several such tensors. Here the last
+linear layer runs over a slice of the vocabulary at a time, with a running log-sum-exp; the backward pass computes the
+same logits again and turns them into gradients in place. What is kept between the passes is two numbers a token. Each
+slice of the layer's gradient is summed over all tokens in fp32 and rounded once to the weight's dtype, so a 16-bit
+weight needs no fp32 gradient of its size; nor is it ever cast whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20  # of fp32 logits at a time: large enough for full matmul speed, small beside any model
+BLOCK_BYTES = 32 << 20  # of fp32 logits, and of cast weights, at a time: enough for full matmul speed
+MOST_TOKENS = 16384  # whose logits over a slice exist at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,7 @@ class Head:
 
 
 def token_logprobs(
-    hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0, chunk_tokens: int | None = None
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0, block: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, differentiable in both.
 
@@ -43,7 +47,7 @@ def token_logprobs(
         head: the output layer; gradients flow to its weight and bias.
         targets: int64 [N].
         temperature: divides the logits; must be positive.
-        chunk_tokens: tokens whose logits exist at once; by default as many as fill `CHUNK_BYTES`.
+        block: tokens and words whose logits exist at once; by default as many words as fill `BLOCK_BYTES`.
 
     Returns:
         float32 [N] log-probabilities and float32 [N] entropies.
@@ -56,106 +60,147 @@ def token_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive to compute log-probabilities, got {temperature}")
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-    scale = head.scale / temperature
-    # Softcap acts before the temperature: fold both into cap(x) = softcap/T * tanh(x * T / softcap), x = logits / T.
-    softcap = head.softcap / temperature if head.softcap else None
     device = hidden.device.type
     if torch.is_autocast_enabled(device):  # the backward pass runs outside autocast and must compute the same logits
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    logprob, entropy = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, (scale, softcap, chunk))
+    scale = head.scale / temperature
+    # Softcap acts before the temperature: fold both into cap(x) = softcap/T * tanh(x * T / softcap), x = logits / T.
+    softcap = head.softcap / temperature if head.softcap else None
+    settings = _Settings(scale, softcap, *(block or _block(hidden, head.weight)))
+    logprob, entropy = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, settings)
     return logprob, entropy
 
 
-def _as(hidden: Tensor, x: Any) -> Any:
-    """A tensor in the dtype of the hidden states; None stays None."""
-    return None if x is None else x.to(hidden.dtype)
+class _Settings(NamedTuple):
+    scale: float
+    softcap: float | None
+    tokens: int
+    words: int
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Fp32 logits [n, V] of a chunk, scaled and capped; a fresh tensor that may be written to."""
-    z = torch.nn.functional.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        z.mul_(scale)
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z
+def _block(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Tokens and words at a time."""
+    tokens = max(1, min(len(hidden), MOST_TOKENS))
+    words = BLOCK_BYTES // (4 * tokens)
+    if weight.dtype != hidden.dtype:  # the slice of the weight is cast, too
+        words = min(words, BLOCK_BYTES // (4 * weight.shape[1]))
+    return tokens, max(1, min(words, weight.shape[0]))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, start + size)
+
+
+class _Words(NamedTuple):
+    """A slice of the output layer, in the dtype of the hidden states."""
+
+    start: int
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, hidden: Tensor, at: _Settings) -> Tensor:
+        """Fp32 logits [n, words], scaled and capped; a fresh tensor that may be written to."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+        if at.scale != 1.0:
+            z.mul_(at.scale)
+        if at.softcap is not None:
+            z.div_(at.softcap).tanh_().mul_(at.softcap)
+        return z
+
+    def places(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Which targets are in this slice (bool [n]), and their columns, 0 where they are not."""
+        column = targets - self.start
+        inside = (column >= 0) & (column < len(self.weight))
+        return inside, column.where(inside, 0)
+
+
+def _words(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, _Words]]:
+    for words in _slices(len(weight), size):
+        yield words, _Words(words.start, weight[words].to(dtype), None if bias is None else bias[words].to(dtype))
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Chunked forward; backward recomputes each chunk's logits and overwrites them with their gradient."""
+    """Forward keeps a running log-sum-exp; backward recomputes each block's logits, then overwrites them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        settings: tuple[float, float | None, int],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, at: _Settings
     ) -> tuple[Tensor, Tensor]:
-        scale, softcap, chunk = settings
-        used_weight, used_bias = _as(hidden, weight), _as(hidden, bias)
-        logprob, entropy, lse = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            z = _logits(hidden[rows], used_weight, used_bias, scale, softcap)
-            top = z.amax(-1)
-            at_target = z.gather(1, targets[rows, None])[:, 0] - top
-            z.sub_(top[:, None])
-            p = z.exp()
-            total = p.sum(-1)
-            log_total = total.log()
-            logprob[rows] = at_target - log_total
-            # sum(p * z) as a batched dot product: no third [n, V] tensor
-            entropy[rows] = log_total - torch.bmm(p[:, None, :], z[:, :, None])[:, 0, 0] / total
-            lse[rows] = top + log_total
-            del z, p
+        # of each token: the largest logit so far, sum exp(z - top), sum exp(z - top) * (z - top), z[target]
+        top, total, weighted, hit = hidden.new_zeros(4, len(hidden), dtype=torch.float32)
+        top.fill_(float("-inf"))
+        for _, words in _words(weight, bias, hidden.dtype, at.words):
+            for rows in _slices(len(hidden), at.tokens):
+                z = words.logits(hidden[rows], at)
+                inside, column = words.places(targets[rows])
+                hit[rows] += torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
+                _fold(z, top[rows], total[rows], weighted[rows])
+        log_total = total.log()
+        lse, entropy = top + log_total, log_total - weighted / total
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-        ctx.settings = settings
+        ctx.settings = at
         ctx.set_materialize_grads(False)
-        return logprob, entropy
+        return hit - lse, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        scale, softcap, chunk = ctx.settings
+        at = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        used_weight, used_bias = _as(hidden, weight), _as(hidden, bias)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Summed over chunks in fp32: bf16 sums of many chunks would round each time.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            z = _logits(hidden[rows], used_weight, used_bias, scale, softcap)
-            slope = None if softcap is None else 1 - (z / softcap).square_()
-            z.sub_(lse[rows, None])  # log p
-            d = _logits_gradient(z, targets[rows], grad_logprob, grad_entropy, entropy, rows)
-            if slope is not None:
-                d.mul_(slope)
-            d = d.mul_(scale).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(d, used_weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_outer(grad_weight, d, hidden[rows])
-            if grad_bias is not None:
-                grad_bias += d.sum(0, dtype=torch.float32)
-            del z, d
-        cast_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        cast_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, cast_weight, cast_bias, None, None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
+        for where, words in _words(weight, bias, hidden.dtype, at.words):
+            # summed over tokens in fp32: bf16 sums would round each time
+            sums = torch.zeros_like(words.weight, dtype=torch.float32) if wants_weight else None
+            bias_sums = torch.zeros(len(words.weight), device=hidden.device) if grad_bias is not None else None
+            for rows in _slices(len(hidden), at.tokens):
+                z = words.logits(hidden[rows], at)
+                slope = None if at.softcap is None else 1 - (z / at.softcap).square_()
+                z.sub_(lse[rows, None])  # log p
+                picked = words.places(targets[rows])
+                d = _logits_gradient(z, picked, grad_logprob, grad_entropy, entropy, rows)
+                if slope is not None:
+                    d.mul_(slope)
+                d = d.mul_(at.scale).to(hidden.dtype)
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[rows], d, words.weight)
+                if sums is not None:
+                    _add_product(sums, d.t(), hidden[rows])
+                if bias_sums is not None:
+                    bias_sums += d.sum(0, dtype=torch.float32)
+            if grad_weight is not None and sums is not None:
+                grad_weight[where] = sums
+            if grad_bias is not None and bias_sums is not None:
+                grad_bias[where] = bias_sums
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None
+
+
+def _fold(z: Tensor, top: Tensor, total: Tensor, weighted: Tensor) -> None:
+    """Take logits [n, words] (overwritten) into the running sums [n]."""
+    new_top = torch.maximum(top, z.amax(-1))
+    # sums relative to the old top become relative to the new one; before the first slice they are 0 and top is -inf
+    moved = torch.where(total > 0, top - new_top, 0.0)
+    factor = moved.exp()
+    weighted.add_(total * moved).mul_(factor)
+    total.mul_(factor)
+    z.sub_(new_top[:, None])
+    p = z.exp()
+    total.add_(p.sum(-1))
+    weighted.add_(torch.bmm(p[:, None, :], z[:, :, None])[:, 0, 0])  # a dot product: no third [n, words] tensor
+    top.copy_(new_top)
 
 
 def _logits_gradient(
     log_p: Tensor,
-    targets: Tensor,
+    picked: tuple[Tensor, Tensor],
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     entropy: Tensor,
     rows: slice,
 ) -> Tensor:
-    """Gradient in the logits [n, V]: of log p[target], onehot - p; of the entropy, -p * (log p + entropy)."""
+    """Gradient in the logits [n, words]: of log p[target], onehot - p; of the entropy, -p * (log p + entropy)."""
     mix = None
     if grad_entropy is not None:
         mix = (log_p + entropy[rows, None]).mul_(grad_entropy[rows, None])
@@ -165,12 +210,13 @@ def _logits_gradient(
         return p.mul_(mix).neg_()
     g = grad_logprob[rows, None]
     d = p.mul_(g if mix is None else mix.add_(g)).neg_()
-    return d.scatter_add_(1, targets[:, None], g)
+    inside, column = picked
+    return d.scatter_add_(1, column[:, None], torch.where(inside[:, None], g, 0.0))
 
 
-def _add_outer(total: Tensor, d: Tensor, hidden: Tensor) -> None:
-    """Add d.T @ hidden to an fp32 total."""
-    if d.dtype == torch.float32:
-        total.addmm_(d.t(), hidden)
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to an fp32 total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
     else:
-        total += d.t() @ hidden
+        total += a @ b

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from rlvr_lightning.compute import compute_in
 from rlvr_lightning.logprobs import Head, token_logprobs
 from rlvr_lightning.packing import completions_per_row, pack
 from rlvr_lightning.schema import Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -159,6 +162,16 @@ class Policy(nn.Module):
         unwrap = getattr(self.model, "get_base_model", None)
         return unwrap() if callable(unwrap) else self.model
 
+    def compute_in(self, dtype: str, device: torch.device) -> None:
+        """Compute in a dtype of its own: `float32`, `bfloat16`, or `auto` (see `GRPO`)."""
+        stored = next(self.model.parameters()).dtype
+        slow_here = stored.itemsize == 2 and device.type == "cpu"
+        wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if slow_here else stored
+        if wanted == stored:
+            return
+        for name in compute_in(self.model, wanted):
+            log.warning("%s is kept in %s between the forward and the backward pass", name, wanted)
+
     def head(self) -> Head:
         """The output layer, with the scalings some architectures apply to logits."""
         layer = self.causal_lm.get_output_embeddings()
@@ -200,24 +213,3 @@ class Policy(nn.Module):
         layers = [p.numel() for n, p in self.causal_lm.named_parameters() if ".layers." in n or ".h." in n]
         per_token = sum(layers) / config.num_hidden_layers  # multiply-adds of one layer's matrices
         return completions_per_row(rollouts, per_token / (2 * config.hidden_size))
-
-
-class Reference:
-    """The policy as it was when this object was made; not a module, so that no checkpoint holds it.
-
-    Args:
-        policy: with LoRA the reference is the policy without its adapter and costs nothing; otherwise it is a copy.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.adapted = policy if hasattr(policy.model, "disable_adapter") else None
-        self.copy = None if self.adapted else copy.deepcopy(policy).requires_grad_(False)
-
-    @torch.no_grad()
-    def logprobs(self, rollouts: Rollouts, temperature: float = 1.0) -> Tensor:
-        """float32 [R, T] log-probabilities of the completions under the reference."""
-        if self.adapted is not None:
-            with cast(Any, self.adapted.model).disable_adapter():
-                return self.adapted(rollouts, temperature).logprobs
-        assert self.copy is not None
-        return self.copy.to(rollouts.completion_ids.device)(rollouts, temperature).logprobs

@@ -16,9 +16,9 @@ FILES = sorted(
 # Lower rooms know nothing of higher ones.
 FLOORS = [
     {"schema", "seeds", "configuration"},
-    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards"}
+    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
     | {"delta", "delta_tensor", "delta_digest"},
-    {"experience", "policy", "data", "rollout", "scoring"},
+    {"experience", "policy", "data", "rollout", "scoring", "reference"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {"config_errors", "cli", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},

@@ -257,7 +257,7 @@ def test_lora_trains_adapters_against_the_bare_model(folder: str, tmp_path: Path
         folder, lora=LoRA(rank=1), objective=Objective(kl_coef=0.1), optimizer=partial(torch.optim.SGD, lr=5.0)
     )
     trainer = fit(model, tmp_path, steps=3)
-    assert model.reference.copy is None
+    assert model.reference.nbytes == 0
     assert trainer.callback_metrics["policy/kl"] > 0
     for name, p in model.policy.named_parameters():
         assert p.requires_grad == ("lora_" in name)

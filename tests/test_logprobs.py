@@ -20,9 +20,11 @@ def head_case(bias: bool = True, tokens: int = 11, hidden: int = 5, vocab: int =
     return h, w, b, torch.randint(0, vocab, (tokens,))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 11, 50])
+@pytest.mark.parametrize("block", [(1, 5), (3, 1), (11, 13), (50, 4), None])
 @pytest.mark.parametrize(("scale", "softcap", "bias"), [(1.0, None, True), (0.7, 2.0, False), (1.3, 5.0, True)])
-def test_values_and_gradients_equal_autograd(chunk: int, scale: float, softcap: float | None, bias: bool) -> None:
+def test_values_and_gradients_equal_autograd(
+    block: tuple[int, int] | None, scale: float, softcap: float | None, bias: bool
+) -> None:
     h, w, b, targets = head_case(bias)
     temperature = 0.6
     logits = scale * torch.nn.functional.linear(h, w, b)
@@ -34,7 +36,7 @@ def test_values_and_gradients_equal_autograd(chunk: int, scale: float, softcap: 
     mix = torch.randn(2, len(h))
     wanted = torch.autograd.grad((mix[0] * expected[0] + mix[1] * expected[1]).sum(), inputs)
 
-    out = token_logprobs(h, Head(weight=w, bias=b, scale=scale, softcap=softcap), targets, temperature, chunk)
+    out = token_logprobs(h, Head(weight=w, bias=b, scale=scale, softcap=softcap), targets, temperature, block)
     for got, want in zip(out, expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
     got_grads = torch.autograd.grad((mix[0] * out[0] + mix[1] * out[1]).sum(), inputs)
@@ -45,13 +47,13 @@ def test_values_and_gradients_equal_autograd(chunk: int, scale: float, softcap: 
 @pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
 def test_bf16_is_near_fp32(mode: str) -> None:
     h, w, b, targets = head_case(tokens=40, hidden=16, vocab=50)
-    exact = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, 7)
+    exact = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, (7, 9))
     wanted = torch.autograd.grad((exact[0] + 0.3 * exact[1]).sum(), (h, w, b))
     if mode == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
-            out = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, 7)
+            out = token_logprobs(h, Head(weight=w, bias=b), targets, 1.0, (7, 9))
     else:
-        out = token_logprobs(h.bfloat16(), Head(weight=w.bfloat16(), bias=b.bfloat16()), targets, 1.0, 7)
+        out = token_logprobs(h.bfloat16(), Head(weight=w.bfloat16(), bias=b.bfloat16()), targets, 1.0, (7, 9))
     assert out[0].dtype == torch.float32
     got = torch.autograd.grad((out[0] + 0.3 * out[1]).sum(), (h, w, b))
     for a, e in zip((*out, *got), (*exact, *wanted), strict=True):
@@ -60,7 +62,7 @@ def test_bf16_is_near_fp32(mode: str) -> None:
 
 def test_values_equal_naive_floats() -> None:
     h, w, _, targets = head_case(bias=False)
-    logprob, entropy = token_logprobs(h, Head(weight=w), targets, 1.0, 4)
+    logprob, entropy = token_logprobs(h, Head(weight=w), targets, 1.0, (4, 3))
     for i, logits in enumerate((h @ w.T).tolist()):
         assert float(logprob[i]) == pytest.approx(reference.log_softmax(logits)[targets[i]], abs=1e-5)
         assert float(entropy[i]) == pytest.approx(reference.entropy(logits), abs=1e-5)
@@ -93,10 +95,11 @@ def test_no_tensor_grows_with_vocabulary_times_tokens() -> None:
     for tokens in (64, 1024):
         h, w = torch.randn(tokens, 8, requires_grad=True), torch.randn(4096, 8, requires_grad=True)
         with LargestTensor() as seen:
-            logprob, entropy = token_logprobs(h, Head(weight=w), torch.zeros(tokens, dtype=torch.long), 1.0, 16)
+            logprob, entropy = token_logprobs(h, Head(weight=w), torch.zeros(tokens, dtype=torch.long), 1.0, (16, 64))
             (logprob + entropy).sum().backward()
         largest[tokens] = seen.largest_bytes
-    assert largest[1024] == largest[64] == 16 * 4096 * 4  # one chunk of logits; all logits would take 16 MiB
+    assert largest[64] == 4096 * 8 * 4  # the gradient of the weight; all logits would take 1 MiB
+    assert largest[1024] == 4096 * 8 * 4  # here 16 MiB
 
 
 def plain_logprobs(model, rollouts, temperature: float):

@@ -1,0 +1,44 @@
+"""The global norm of gradients, and the factor that clips it; in fp32 whatever the gradients' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rlvr_lightning.optim.sgd import SGD
+from rlvr_lightning.optim.update import CHUNK_ENTRIES
+
+
+def squared_norm(grad: Tensor) -> Tensor:
+    """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); by chunks, since 16-bit ones are cast."""
+    size = CHUNK_ENTRIES.get(grad.device.type, CHUNK_ENTRIES["cuda"])
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grad.reshape(-1).split(size)]
+    return torch.stack(norms).square().sum()
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What to multiply gradients with; `max_norm` 0 never clips (as `torch.nn.utils.clip_grad_norm_` otherwise).
+
+    Example:
+        >>> clip_factor(0.5, 1.0), round(clip_factor(4.0, 1.0), 4), clip_factor(4.0, 0.0)
+        (1.0, 0.25, 1.0)
+    """
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> float:
+    """Global norm of the gradients there are."""
+    squares = [squared_norm(p.grad) for p in parameters if p.grad is not None]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def scale_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], factor: float) -> None:
+    """Let the next step use gradients times `factor`."""
+    if isinstance(optimizer, SGD):
+        optimizer.grad_scale = factor
+    elif factor != 1.0:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor)

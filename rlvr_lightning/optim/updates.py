@@ -1,0 +1,69 @@
+"""One optimizer step: backward passes, the clipped norm, the update; with gradients kept, or released on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlvr_lightning.optim.clip import clip_factor, grad_norm, scale_gradients
+from rlvr_lightning.optim.release import Backward, GradientRelease, ReleasedUpdate
+
+
+class Updates:
+    """Drives an optimizer: `begin`, `backward` for each micro-batch, `finish`.
+
+    Args:
+        optimizer: any torch optimizer; ours, for gradient release.
+        backward: `backward(loss, retain_graph=...)` runs a backward pass (Lightning's `manual_backward`).
+        max_norm: clip the global norm of the gradients to this; 0 never clips.
+        release: update during the backward pass; None keeps gradients until the step, as usual.
+
+    Raises:
+        ValueError: the optimizer cannot release gradients.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, backward: Backward, max_norm: float, release: GradientRelease | None = None
+    ) -> None:
+        self.optimizer, self.run_backward, self.max_norm = optimizer, backward, max_norm
+        self.released = ReleasedUpdate(optimizer, release, max_norm) if release else None
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._norms: list[float] = []
+
+    def begin(self, parts: int) -> None:
+        """Start a step of so many micro-batches."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._norms = []
+        if self.released:
+            self.released.parts = parts
+
+    def backward(self, loss: Tensor) -> None:
+        """Take in one micro-batch's loss."""
+        if self.released:
+            self._norms.append(self.released.backward(loss, self.run_backward))
+        else:
+            self.run_backward(loss)
+
+    def finish(self, step: Callable[[], object]) -> dict[str, float]:
+        """Clip and step.
+
+        Args:
+            step: steps the optimizer.
+
+        Returns:
+            `grad_norm` of the whole step before clipping (with released micro-batches, the root of the sum of their
+            squares), or `nonfinite`, 1, if it was not finite and the weights were left alone.
+        """
+        if self.released:
+            norm = math.hypot(*self._norms)
+        else:
+            norm = grad_norm(self.parameters)
+            if math.isfinite(norm):
+                scale_gradients(self.optimizer, self.parameters, clip_factor(norm, self.max_norm))
+            else:  # one bad batch must not end in NaN weights
+                self.optimizer.zero_grad(set_to_none=True)
+        step()  # without any gradient a no-op that keeps the count of steps
+        return {"grad_norm": norm} if math.isfinite(norm) else {"nonfinite": 1.0}
