@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -168,43 +168,53 @@ class SparseDelta(Mapping[str, TensorDelta]):
         """Of indices and values."""
         return sum(delta.nbytes for delta in self.values())
 
-    def _each(
-        self, state: Mapping[str, Tensor], write: Callable[[TensorDelta, Tensor], None], check_digest: bool
-    ) -> None:
+    def _each(self, state: Mapping[str, Tensor], write: Callable[[TensorDelta, Tensor], None], check: bool) -> None:
         self._check(state)
-        if check_digest:
-            self._check_digest(state)
+        if check:
+            if self.base_digest is None:
+                raise ValueError("delta: it does not know its base's digest; capture it with digests=True")
+            check_digest(state, self, self.aliases, self.base_digest)
         tied = ties(state)
         for name in state:
             if tied[name] == name:  # an alias with memory of its own is written like any other
                 write(self[name], state[name])
 
-    def _check_digest(self, state: Mapping[str, Tensor]) -> None:
-        if self.base_digest is None:
-            raise ValueError("delta: it does not know its base's digest; capture it with digests=True")
-        found = digest_state({name: state[name] for name in self})
-        if found != self.base_digest:
-            raise ValueError(f"delta: it starts from {self.base_digest[:12]}, not from the given {found[:12]}")
-        for name, first in self.aliases.items():
-            if name in state and not _one(state, first, name):
-                raise ValueError(f"delta: {name!r} and {first!r} are one tensor in its base, but differ in the given")
-
     def _check(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless the state has this delta's tensors and no others."""
-        for name in self:
-            _pick(state, name, "state")
-        for name, first in ties(state).items():
-            tensor = local(state[name])
-            if name not in self:
-                raise ValueError(f"delta: it knows no tensor {name!r}; give the state it was made from")
-            own = self.aliases.get(name, name)
-            if own != self.aliases.get(first, first):
-                raise ValueError(f"delta: {name!r} and {first!r} share memory here, but are two tensors in the delta")
-            _same_shape(name, self.shapes[own], tuple(tensor.shape))
-            if tensor.dtype != self[name].values.dtype:
-                raise ValueError(f"delta: {name!r} is {describe(tensor)}, not {self[name].values.dtype}")
+        check_state(
+            state, {name: (delta.values.dtype, self.shapes[name]) for name, delta in self.items()}, self.aliases
+        )
+        for name, tensor in state.items():
             if tensor.device != self[name].values.device:
                 raise ValueError(f"delta: {name!r} is {describe(tensor)}, the delta on {self[name].values.device}")
+
+
+def check_state(
+    state: Mapping[str, Tensor], expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], aliases: Mapping[str, str]
+) -> None:
+    """Raise ValueError unless a state has these tensors (dtype and shape) and no others, tied as in `aliases`."""
+    for name in expected:
+        _pick(state, name, "state")
+    for name, first in ties(state).items():
+        own = aliases.get(name, name)
+        if own not in expected:
+            raise ValueError(f"delta: it knows no tensor {name!r}; give the state it was made from")
+        if own != aliases.get(first, first):
+            raise ValueError(f"delta: {name!r} and {first!r} share memory here, but are two tensors in the delta")
+        tensor, (dtype, shape) = local(state[name]), expected[own]
+        _same_shape(name, shape, tuple(tensor.shape))
+        if tensor.dtype != dtype:
+            raise ValueError(f"delta: {name!r} is {describe(tensor)}, not {dtype}")
+
+
+def check_digest(state: Mapping[str, Tensor], names: Iterable[str], aliases: Mapping[str, str], expected: str) -> None:
+    """Raise ValueError unless tensors of a state have this digest, and their aliases the same bits."""
+    found = digest_state((name, state[name]) for name in names)
+    if found != expected:
+        raise ValueError(f"delta: it starts from {expected[:12]}, not from the given {found[:12]}")
+    for name, first in aliases.items():
+        if name in state and not _one(state, first, name):
+            raise ValueError(f"delta: {name!r} and {first!r} are one tensor in its base, but differ in the given")
 
 
 def _pick(state: Mapping[str, Tensor], name: str, which: str) -> Tensor:
