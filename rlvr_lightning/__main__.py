@@ -12,6 +12,7 @@ COMMANDS = {
     "test": ("rlvr_lightning.cli", "the same on its test problems"),
     "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
     "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
+    "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
     "configs": ("rlvr_lightning.configuration", "list the packaged configs"),
 }
 

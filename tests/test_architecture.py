@@ -17,14 +17,14 @@ FILES = sorted(
 FLOORS = [
     {"schema", "seeds", "configuration"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
-    | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer"},
+    | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"},
     {"experience", "policy", "data", "rollout", "scoring", "reference"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
-    {"config_errors", "cli", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},
+    {"config_errors", "cli", "delta_command", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},
 ]
 PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
-PURE += ["delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer"]
+PURE += ["delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"]
 
 
 def room(path: Path) -> str:
