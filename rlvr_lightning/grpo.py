@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
+from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
+from rlvr_lightning.heap import give_back
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.optim.release import GradientRelease
@@ -52,7 +53,7 @@ from rlvr_lightning.seeds import derive_seed
 Record = dict[str, Any]
 
 
-class GRPO(LightningModule):
+class GRPO(DeltaCheckpoints):
     """Train a causal LM on verifiable rewards.
 
     Args:
@@ -148,6 +149,7 @@ class GRPO(LightningModule):
         self.policy.compute_in(self.compute_dtype, self._trainer.strategy.root_device if self._trainer else self.device)
         if self.objective.kl_coef > 0:
             self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
+        self.remember_start(self.reference)
         stops = stop_token_ids(self.tokenizer, self.scorer.stop)
         pad = self.tokenizer.pad_token_id
         self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
@@ -175,14 +177,13 @@ class GRPO(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: Record) -> None:
         """Keep the count that seeds sampling."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: Record) -> None:
-        """Continue the count that seeds sampling; the reference stays what the policy is before it is overwritten."""
+        """Continue the count that seeds sampling; the reference stays what the policy was at the start."""
+        super().on_load_checkpoint(checkpoint)
         self.rollout_step = checkpoint.get("rollout_step", 0)
-        if self.reference is not None:
-            weights = checkpoint["state_dict"]
-            self.reference.rebase({p: weights[name] for name, p in self.named_parameters() if name in weights})
 
     # ---- one training step ----
 
@@ -353,6 +354,8 @@ class GRPO(LightningModule):
     # ---- telling ----
 
     def _phase(self, name: str) -> None:
+        if self.gradient_release and self.device.type == "cpu":
+            give_back()
         for listener in self.phase_listeners:
             listener(name)
 

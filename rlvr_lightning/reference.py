@@ -101,19 +101,16 @@ class Reference:
             )
 
     def rebase(self, weights: Mapping[Tensor, Tensor]) -> None:
-        """Prepare for the policy, now in its start state, to be overwritten with a checkpoint's weights.
+        """Prepare for some of the policy's parameters to be overwritten with a checkpoint's.
 
         Args:
             weights: parameter -> the values it is about to get.
         """
         for parameter, kept in list(self._kept.items()):
             if isinstance(kept, TensorDelta) and parameter in weights:
-                about = weights[parameter].to(parameter.device, parameter.dtype)
-                start_after = TensorDelta.between(about, parameter)
-                if start_after.density <= self.max_density:
-                    self._kept[parameter] = start_after
-                else:
-                    self._kept[parameter] = parameter.detach().clone()
+                start = self.start(parameter)
+                start_after = TensorDelta.between(weights[parameter].to(parameter.device, parameter.dtype), start)
+                self._kept[parameter] = start_after if start_after.density <= self.max_density else start
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -128,8 +125,8 @@ class Reference:
             for parameter in swapped:
                 self._swap(parameter)
 
-    def _start(self, parameter: Tensor) -> Tensor:
-        """A parameter's value at the start, a new tensor."""
+    def start(self, parameter: Tensor) -> Tensor:
+        """A trained parameter's value at the start, a new tensor."""
         kept = self._kept[parameter]
         if not isinstance(kept, TensorDelta):
             return kept.clone()

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
 from rlvr_lightning.schema import Rollouts
 
@@ -31,7 +31,7 @@ Record = Mapping[str, Any]
 ROWS = 16  # demonstrations in a forward pass: of similar length, so that little of it is padding
 
 
-class SFT(LightningModule):
+class SFT(DeltaCheckpoints):
     """Fits a causal LM to demonstrations: records with a `demonstration` (str) beside the prompt.
 
     Logs `sft/nll` (nats per token of the training batch) and `val/<benchmark>/nll` (likewise, over the benchmark).
@@ -78,6 +78,7 @@ class SFT(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())  # the run's seed, however many numbers were drawn since
             self.policy = Policy(load_model(self.model_name, from_scratch=self.from_scratch))
+        self.remember_start()
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, if there is one, its schedule by step."""

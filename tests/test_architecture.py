@@ -15,10 +15,11 @@ FILES = sorted(
 )
 # Lower rooms know nothing of higher ones.
 FLOORS = [
-    {"schema", "seeds", "configuration"},
+    {"schema", "seeds", "configuration", "heap"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
     | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"},
-    {"experience", "policy", "data", "rollout", "scoring", "reference"},
+    {"experience", "policy", "data", "rollout", "scoring", "reference"}
+    | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {"config_errors", "cli", "delta_command", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},

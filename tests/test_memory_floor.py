@@ -176,7 +176,7 @@ def test_resuming_a_released_run_continues_bit_for_bit(folder, tmp_path: Path) -
     fit(second, tmp_path, steps=5, ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
     assert same(whole, second)
     for p, q in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
-        assert torch.equal(whole.reference._start(p), second.reference._start(q))
+        assert torch.equal(whole.reference.start(p), second.reference.start(q))
 
 
 def test_update_sparsity_sees_released_updates(folder, tmp_path: Path) -> None:  # noqa: F811
@@ -232,7 +232,7 @@ def test_delta_reference_equals_a_copy_bit_for_bit(folder, tmp_path: Path, optim
     fresh = module(folder, dtype="bfloat16")
     fresh.configure_model()
     for p, start in zip(delta.policy.parameters(), weights(fresh), strict=True):
-        assert torch.equal(delta.reference._start(p), start)
+        assert torch.equal(delta.reference.start(p), start)
 
 
 def test_optimizers_stepped_tensor_by_tensor_learn_the_same_bits(folder, tmp_path: Path) -> None:  # noqa: F811
