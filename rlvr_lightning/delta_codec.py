@@ -52,7 +52,7 @@ def encode(
     else:
         kind = BY_EXPONENT
         where, order = _by_exponent(positions, base, dtype)
-        what = to_varints(_zigzag(_ordered(values[order], dtype) - _ordered(base[positions[order]], dtype)))
+        what = to_varints(_zigzag(ordered(values[order], dtype) - ordered(base[positions[order]], dtype)))
     where, what = _deflate(where), _deflate(what)
     if base is None or len(where) + len(what) < entries * values.itemsize:
         return bytes([kind]) + HEAD.pack(len(positions), len(where), len(what)) + where + what
@@ -98,7 +98,7 @@ def decode(blob: bytes, base: np.ndarray | None, entries: int, dtype: torch.dtyp
     assert base is not None
     positions = _from_exponents(_inflate(body[:n_where], 5 * (count + 513)), count, base, dtype)
     steps = from_varints(_inflate(body[n_where:], 10 * count), count, 10)
-    values = _ordered(_ordered(base[positions], dtype) + _unzigzag(steps, width), dtype)
+    values = ordered(ordered(base[positions], dtype) + _unzigzag(steps, width), dtype)
     order = np.argsort(positions)
     return positions[order], values[order]
 
@@ -149,7 +149,7 @@ def from_varints(data: bytes, count: int, longest: int = 5) -> np.ndarray:
     return out if longest > 5 else out.astype(np.int64)
 
 
-def _exponents(base: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def exponents_of(base: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """uint8 [entries]; all 0 for dtypes without a known exponent."""
     if dtype not in EXPONENT:
         return np.zeros(len(base), np.uint8)
@@ -159,7 +159,7 @@ def _exponents(base: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 def _by_exponent(positions: np.ndarray, base: np.ndarray, dtype: torch.dtype) -> tuple[bytes, np.ndarray]:
     """Varints that say which positions, and the order (indices into them) in which they are said."""
-    exponents = _exponents(base, dtype)
+    exponents = exponents_of(base, dtype)
     changed = np.zeros(len(base), bool)
     changed[positions] = True
     by_exponent = np.argsort(exponents, kind="stable")
@@ -179,7 +179,7 @@ def _by_exponent(positions: np.ndarray, base: np.ndarray, dtype: torch.dtype) ->
 
 def _from_exponents(data: bytes, count: int, base: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Positions in the order of `_by_exponent`."""
-    exponents = _exponents(base, dtype)
+    exponents = exponents_of(base, dtype)
     numbers = from_varints(data, int((np.frombuffer(data, np.uint8) < 128).sum()))
     kinds = int(numbers[0]) if len(numbers) else 0
     if not 0 < kinds <= 256 or len(numbers) != 1 + 2 * kinds + count:
@@ -197,7 +197,7 @@ def _from_exponents(data: bytes, count: int, base: np.ndarray, dtype: torch.dtyp
     return np.argsort(exponents, kind="stable")[places]
 
 
-def _ordered(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def ordered(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """Integers in the order of the floats they are the bits of, neighbours 1 apart; its own inverse."""
     if not dtype.is_floating_point:
         return bits

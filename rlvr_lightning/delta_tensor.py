@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,10 +192,22 @@ def _positions(old: Tensor, new: Tensor) -> Tensor:
 
 def positions_cpu(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """The same in numpy, int32 or int64: it compares, counts and finds several times faster than torch on a CPU."""
+    threads = min(torch.get_num_threads(), len(before) // (8 * CPU_CHUNK))
+    if threads < 2:
+        return _scan(before, after, 0, len(before))
+    part = -(-len(before) // (threads * CPU_CHUNK)) * CPU_CHUNK
+    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter's lock
+        parts = [(start, min(start + part, len(before))) for start in range(0, len(before), part)]
+        return np.concatenate(list(pool.map(lambda bounds: _scan(before, after, *bounds), parts)))
+
+
+def _scan(before: np.ndarray, after: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Where two arrays differ between two positions."""
     dtype = np.int32 if len(before) < 2**31 else np.int64
     found, share = [np.empty(0, dtype)], 0.0
-    for start in range(0, len(before), CPU_CHUNK):
-        x, y = before[start : start + CPU_CHUNK], after[start : start + CPU_CHUNK]
+    for start in range(begin, end, CPU_CHUNK):
+        stop = min(start + CPU_CHUNK, end)
+        x, y = before[start:stop], after[start:stop]
         hits = _sparse_hits(x, y) if share < SPARSE else np.flatnonzero(x != y)
         share = len(hits) / len(x)
         if len(hits):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +87,8 @@ def test_what_does_not_pay_is_stored_whole(tmp_path: Path) -> None:
     assert ints(a["w"]) == ints(new)
 
 
-def test_small_updates_cost_about_a_byte(tmp_path: Path) -> None:
-    """Of 10 ** 6 normal weights, those are changed that an update of 2e-6 moves to the next bf16: about 1 in 60."""
+def test_small_updates_cost_less_than_a_byte(tmp_path: Path) -> None:
+    """Of 10 ** 6 normal weights, those are changed that an update of 2e-6 moves to the next bf16: about 1 in 36."""
     generator = np.random.default_rng(0)
     master = torch.from_numpy(generator.normal(0, 0.05, 1_000_000).astype(np.float32))
     step = torch.from_numpy(generator.normal(0, 2e-6, 1_000_000).astype(np.float32))
@@ -94,7 +96,7 @@ def test_small_updates_cost_about_a_byte(tmp_path: Path) -> None:
     delta = SparseDelta.capture(a, b)
     assert 0.005 < delta.density < 0.05
     save_delta(tmp_path / "x", delta, a)
-    assert (tmp_path / "x").stat().st_size / delta.changed < 1.25
+    assert (tmp_path / "x").stat().st_size / delta.changed < 0.95
 
 
 def test_the_container_is_safetensors(tmp_path: Path) -> None:
@@ -204,8 +206,8 @@ def test_varints(numbers: list[int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_neighbouring_floats_are_one_apart(dtype: torch.dtype) -> None:
     patterns = torch.arange(-(2**15), 2**15).short()
-    ranks = delta_codec._ordered(patterns.numpy(), dtype)
-    assert np.array_equal(delta_codec._ordered(ranks, dtype), patterns.numpy())
+    ranks = delta_codec.ordered(patterns.numpy(), dtype)
+    assert np.array_equal(delta_codec.ordered(ranks, dtype), patterns.numpy())
     values = patterns.view(dtype).float()
     finite = values.isfinite().numpy()
     order = np.argsort(ranks[finite])
@@ -233,7 +235,34 @@ def test_hostile_segments(seed: int, kind: int, garbage: bytes, dtype: torch.dty
 
 
 def test_a_bomb_is_not_unpacked() -> None:
-    bomb = delta_codec._deflate(bytes(50_000_000))
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = packer.compress(bytes(50_000_000)) + packer.flush()
     blob = bytes([delta_codec.PLAIN]) + delta_codec.HEAD.pack(3, len(bomb), 0) + bomb
+    tracemalloc.start()
     with pytest.raises(ValueError, match="malformed"):
         decode(blob, None, 10, torch.bfloat16)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_segment_of_another_base_is_noticed() -> None:
+    """Three of eight entries of exponent 127 changed; in the other base only two have that exponent."""
+    base = torch.ones(2000).bfloat16().view(torch.int16).numpy()
+    other = base * np.int16(2)
+    other[:2] = base[:2]
+    positions = np.array([1, 3, 1999])
+    blob = encode(positions, base[positions] + np.int16(1), base, 2000, torch.bfloat16)
+    assert blob[0] == delta_codec.BY_EXPONENT
+    with pytest.raises(ValueError, match="does not fit the base"):
+        decode(blob, other, 2000, torch.bfloat16)
+
+
+def test_only_one_spelling_of_the_header(tmp_path: Path) -> None:
+    a, b = pair(8)
+    save_delta(tmp_path / "x", SparseDelta.capture(a, b), a)
+    good = (tmp_path / "x").read_bytes()
+    end = 8 + int.from_bytes(good[:8], "little")
+    assert good[end - 1 : end] == b" "
+    (tmp_path / "x").write_bytes(good[: end - 1] + b"\n" + good[end:])
+    with pytest.raises(ValueError, match="its header is altered"):
+        load_delta(tmp_path / "x")
