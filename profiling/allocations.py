@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch.utils._pytree import tree_leaves
 class AllocationCounter(TorchDispatchMode):
     """Counts the bytes of storages alive, by owner, and remembers the moment when there were most.
 
-    A storage belongs to the owner it was given to (`own`), else to the label under which it was made (`label`).
+    A storage belongs to the owner it was given to (`own`), else to what `classify` says, else to the label under which
+    it was made (`label`, `relabel`).
 
     Args:
         default: label of what is made outside of any `label` block.
+        classify: `classify(label, size_bytes)` names the owner of a new storage.
 
     Example:
         >>> with AllocationCounter() as counter:
@@ -37,9 +39,10 @@ class AllocationCounter(TorchDispatchMode):
         ({'weights': 40}, {'weights': 40, 'work': 80})
     """
 
-    def __init__(self, default: str = "other") -> None:
+    def __init__(self, default: str = "other", classify: Callable[[str, int], str] | None = None) -> None:
         super().__init__()
         self._label = default
+        self._classify = classify or (lambda label, size_bytes: label)
         self._owner: dict[int, str] = {}
         self._size: dict[int, int] = {}
         self._finalizers: dict[int, weakref.finalize[Any, Any]] = {}
@@ -90,7 +93,7 @@ class AllocationCounter(TorchDispatchMode):
             key = storage._cdata
             if key not in self._size:
                 self._size[key] = size = storage.nbytes()
-                self._owner[key] = owner or self._label
+                self._owner[key] = owner or self._classify(self._label, size)
                 self._finalizers[key] = weakref.finalize(storage, self._gone, key)
                 self._by_owner[self._owner[key]] += size
                 self._total += size

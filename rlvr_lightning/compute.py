@@ -7,6 +7,7 @@ keeping them. Gradients come out in the weights' dtype, each rounded once from f
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -52,6 +53,24 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> list[str]:
     return costly
 
 
+_scratch = threading.local()
+
+
+def cast(block: Tensor, dtype: torch.dtype) -> Tensor:
+    """A block of a weight in another dtype, for use at once: on a CPU the next call overwrites it.
+
+    One buffer serves all layers: allocating it for each would fragment the heap and cost page faults.
+    """
+    if block.dtype == dtype:
+        return block
+    if block.device.type != "cpu":
+        return block.to(dtype)
+    buffers = _scratch.__dict__
+    if buffers.get("of") is None or buffers["of"].numel() < block.numel() or buffers["of"].dtype != dtype:
+        buffers["of"] = torch.empty(max(block.numel(), BLOCK_ENTRIES), dtype=dtype)
+    return buffers["of"][: block.numel()].view(block.shape).copy_(block)
+
+
 def blocks(weight: Tensor) -> Iterator[slice]:
     """Row slices of a matrix [V, H] with about `BLOCK_ENTRIES` entries each, at least one row."""
     rows = max(1, BLOCK_ENTRIES // max(1, weight.shape[1]))
@@ -71,7 +90,7 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        parts = [functional.linear(x, weight[rows].to(x.dtype)) for rows in blocks(weight)]
+        parts = [functional.linear(x, cast(weight[rows], x.dtype)) for rows in blocks(weight)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @staticmethod
@@ -83,7 +102,7 @@ class _CastLinear(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if wants_weight else None
         for rows in blocks(weight):
             if grad_x is not None:
-                grad_x.addmm_(flat[:, rows], weight[rows].to(x.dtype))
+                grad_x.addmm_(flat[:, rows], cast(weight[rows], x.dtype))
             if grad_weight is not None:
                 grad_weight[rows] = flat[:, rows].t() @ inputs
         return None if grad_x is None else grad_x.view_as(x), grad_weight

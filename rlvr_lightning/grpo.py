@@ -36,7 +36,6 @@ from torch import Tensor
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
 from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
-from rlvr_lightning.heap import give_back
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.optim.release import GradientRelease
@@ -85,6 +84,8 @@ class GRPO(DeltaCheckpoints):
     Raises:
         ValueError: settings that cannot work together, before any weights are loaded.
     """
+
+    counts = ("rollout_step",)  # seeds sampling, so a resumed run goes on with it
 
     def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
         self,
@@ -174,16 +175,6 @@ class GRPO(DeltaCheckpoints):
                 f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
                 f"({self.batching.minibatches}) times the number of processes ({self.trainer.world_size})"
             )
-
-    def on_save_checkpoint(self, checkpoint: Record) -> None:
-        """Keep the count that seeds sampling."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["rollout_step"] = self.rollout_step
-
-    def on_load_checkpoint(self, checkpoint: Record) -> None:
-        """Continue the count that seeds sampling; the reference stays what the policy was at the start."""
-        super().on_load_checkpoint(checkpoint)
-        self.rollout_step = checkpoint.get("rollout_step", 0)
 
     # ---- one training step ----
 
@@ -354,8 +345,6 @@ class GRPO(DeltaCheckpoints):
     # ---- telling ----
 
     def _phase(self, name: str) -> None:
-        if self.gradient_release and self.device.type == "cpu":
-            give_back()
         for listener in self.phase_listeners:
             listener(name)
 

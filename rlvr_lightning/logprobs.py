@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 32 << 20  # of fp32 logits, and of cast weights, at a time: enough for full matmul speed
+from rlvr_lightning.compute import cast
+
+BLOCK_BYTES = 32 << 20  # of fp32 logits at a time: enough for full matmul speed
+CAST_BYTES = 4 << 20  # of cast weights at a time, and of the fp32 sums of their gradient
 MOST_TOKENS = 16384  # whose logits over a slice exist at once
 
 
@@ -82,8 +85,7 @@ def _block(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
     """Tokens and words at a time."""
     tokens = max(1, min(len(hidden), MOST_TOKENS))
     words = BLOCK_BYTES // (4 * tokens)
-    if weight.dtype != hidden.dtype:  # the slice of the weight is cast, too
-        words = min(words, BLOCK_BYTES // (4 * weight.shape[1]))
+    words = min(words, CAST_BYTES // (4 * weight.shape[1]))
     return tokens, max(1, min(words, weight.shape[0]))
 
 
@@ -117,7 +119,7 @@ class _Words(NamedTuple):
 
 def _words(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, size: int) -> Iterator[tuple[slice, _Words]]:
     for words in _slices(len(weight), size):
-        yield words, _Words(words.start, weight[words].to(dtype), None if bias is None else bias[words].to(dtype))
+        yield words, _Words(words.start, cast(weight[words], dtype), None if bias is None else bias[words].to(dtype))
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -22,7 +22,18 @@ FLOORS = [
     | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
-    {"config_errors", "cli", "delta_command", "records", "tables", "sweep", "plots", "bench_tables", "__main__"},
+    {
+        "config_errors",
+        "cli",
+        "export",
+        "delta_command",
+        "records",
+        "tables",
+        "sweep",
+        "plots",
+        "bench_tables",
+        "__main__",
+    },
 ]
 PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
 PURE += ["delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"]

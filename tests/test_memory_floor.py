@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_what_release_cannot_do_is_said_before_training(folder, tmp_path: Path, 
 def test_at_most_two_tensors_of_gradients_are_alive(tied: bool, monkeypatch) -> None:
     """Twelve matrices of 128 KiB in bf16, computed with in fp32; every byte that backward and update make."""
     monkeypatch.setattr(compute, "BLOCK_ENTRIES", 1 << 9)  # the matrices are small: so must be what is cast at once
+    monkeypatch.setattr(compute, "_scratch", threading.local())
     monkeypatch.setitem(update.CHUNK_ENTRIES, "cpu", 1 << 8)
     peaks = {}
     for release in (None, GradientRelease()):

@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim.clip import clip_factor, squared_norm
 from rlvr_lightning.optim.sgd import SGD
 
 Backward = Callable[..., None]
+
+TRIM_BYTES = 32 << 20
+"""On a CPU freed memory goes back to the system each time so many bytes of gradients have been dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class ReleasedUpdate:
             )
         self.optimizer, self.release, self.max_norm = optimizer, release, max_norm
         self.parts = 1
+        self._dropped_bytes = 0
         self._on_grad: Callable[[Tensor], None] | None = None
         self._squares: dict[Tensor, Tensor] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -82,7 +87,11 @@ class ReleasedUpdate:
         if self._on_grad is None:
             raise RuntimeError("a backward pass outside of ReleasedUpdate.backward would leave gradients behind")
         self._on_grad(parameter)
+        self._dropped_bytes += 0 if parameter.grad is None else parameter.grad.nbytes
         parameter.grad = None
+        if parameter.device.type == "cpu" and self._dropped_bytes >= TRIM_BYTES:
+            self._dropped_bytes = 0
+            give_back()
 
     def backward(self, loss: Tensor, backward: Backward) -> float:
         """Go backward and update every parameter on the way.

@@ -162,7 +162,7 @@ class SGD(Optimizer):
                 position += 1
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of this optimizer's")
 
-    def _storage(self, parameter: Tensor, key: int) -> Storage:
+    def _storage(self, parameter: Tensor, key: int = 0) -> Storage:
         weight = _local(parameter).view(-1)
         if weight.dtype != torch.bfloat16:
             return Storage(weight)

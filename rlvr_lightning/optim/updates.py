@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim.clip import clip_factor, grad_norm, scale_gradients
 from rlvr_lightning.optim.release import Backward, GradientRelease, ReleasedUpdate
 
@@ -39,6 +40,7 @@ class Updates:
         self._norms = []
         if self.released:
             self.released.parts = parts
+            give_back()
 
     def backward(self, loss: Tensor) -> None:
         """Take in one micro-batch's loss."""
@@ -59,6 +61,7 @@ class Updates:
         """
         if self.released:
             norm = math.hypot(*self._norms)
+            give_back()
         else:
             norm = grad_norm(self.parameters)
             if math.isfinite(norm):
