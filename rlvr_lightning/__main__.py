@@ -13,6 +13,7 @@ COMMANDS = {
     "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
     "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
     "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
+    "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "configs": ("rlvr_lightning.configuration", "list the packaged configs"),
 }
 

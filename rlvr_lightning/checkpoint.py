@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from rlvr_lightning.checkpoint_file import Writer, metadata_of, sweep
 from rlvr_lightning.checkpoint_rest import from_bytes, lift_state, to_bytes
-from rlvr_lightning.checkpoint_start import Start, base_digest, first_names
+from rlvr_lightning.checkpoint_start import Start, about_model, base_digest, first_names
 from rlvr_lightning.checkpoint_state import DELTA, WHOLE, Reader, StoredState, StoredWeights, delta_blobs, whole_blobs
 from rlvr_lightning.delta_codec import SEGMENT, UNCHANGED
 from rlvr_lightning.delta_file import signed
@@ -48,8 +48,9 @@ Record = dict[str, Any]
 
 
 class SinceStart(dict[str, Tensor]):
-    """A state dict that knows what it started from."""
+    """A state dict that knows of which model it is, and what it started from."""
 
+    about: Record
     start: Start | None = None
 
 
@@ -81,7 +82,7 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         rest = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         if "optimizer_states" in rest:
             rest["optimizer_states"] = optimizers
-        about = {"step": checkpoint.get("global_step"), **(start.about if start else {})}
+        about = {"step": checkpoint.get("global_step"), **(weights.about if isinstance(weights, SinceStart) else {})}
         metadata = {"about": about, "entries": {n: _spec(*e) for n, e in entries.items()}, "aliases": aliases}
         last = to_bytes(rest)
         if path.parent.is_dir():
@@ -125,6 +126,8 @@ class DeltaCheckpoints(LightningModule):
     """What a module needs so that its checkpoints can be deltas: call `remember_start` when the weights are there."""
 
     start: Start | None = None
+    counts: tuple[str, ...] = ()
+    """Names of attributes, integers, that checkpoints hold as well."""
 
     def remember_start(self, reference: Reference | None = None) -> None:
         """The weights are now what the run starts from; nothing is done unless `DeltaCheckpointIO` will need it."""
@@ -136,14 +139,19 @@ class DeltaCheckpoints(LightningModule):
             self.start = Start(self, reference, folder if trainer.is_global_zero else None)
 
     def on_save_checkpoint(self, checkpoint: Record) -> None:
-        """Say what the weights started from."""
-        if self.start is not None:
-            checkpoint["state_dict"] = SinceStart(checkpoint["state_dict"])
-            checkpoint["state_dict"].start = self.start
+        """Say what the weights started from, and keep the counts."""
+        checkpoint |= {name: getattr(self, name) for name in self.counts}
+        if isinstance(self.trainer.strategy.checkpoint_io, DeltaCheckpointIO):
+            weights = checkpoint["state_dict"] = SinceStart(checkpoint["state_dict"])
+            weights.about, weights.start = about_model(self), self.start
+            if self.start is not None:
+                weights.about["base_digest"] = self.start.digest
 
     def on_load_checkpoint(self, checkpoint: Record) -> None:
         """Put weights in place one tensor at a time, and let the reference follow, before they are overwritten."""
         reference: Reference | None = getattr(self, "reference", None)
+        for name in self.counts:
+            setattr(self, name, checkpoint.get(name, 0))
         weights = checkpoint["state_dict"]
         if isinstance(weights, StoredWeights):
             restore_(self, weights.reader, self.start, reference)
@@ -170,7 +178,7 @@ def restore_(
     check_fits(state, reader)
     wanted = reader.about.get("base_digest")
     start = start if start and start.readable else None
-    found = start.about["base_digest"] if start else base_digest(module) if wanted else None
+    found = start.digest if start else base_digest(module) if wanted else None
     if wanted and wanted != found:
         raise ValueError(
             f"checkpoint: {reader.file.path} was made from {reader.about.get('model')!r} ({wanted[:12]}), but this "

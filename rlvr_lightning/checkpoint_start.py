@@ -69,7 +69,7 @@ class Start:
     """The weights of a module as they are when this is made.
 
     Args:
-        module: has a `model_name` and maybe a `lora`, as `GRPO` and `SFT` do.
+        module: with all its parameters in memory.
         reference: of the module's KL term, if there is one; made at the same moment.
         folder: for a copy of what no reference keeps; None on ranks that write no checkpoints.
 
@@ -77,12 +77,12 @@ class Start:
         ValueError: weights are sharded, or the folder has no room.
     """
 
-    def __init__(self, module: Any, reference: Reference | None, folder: Path | None) -> None:
+    def __init__(self, module: nn.Module, reference: Reference | None, folder: Path | None) -> None:
         sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
         if sharded:
             raise ValueError(f"DeltaCheckpointIO: {sharded[0]!r} is sharded; use the strategy's own checkpoints")
         self.moving, self.frozen = in_base(module)
-        self.about = about_model(module) | {"base_digest": base_digest(module)}
+        self.digest = base_digest(module)
         self.reference = reference if reference is not None and not reference.adapter else None
         self.copy = TensorFile(folder, self.moving) if folder and self.moving and self.reference is None else None
 
