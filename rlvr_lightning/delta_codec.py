@@ -94,7 +94,7 @@ def decode(blob: bytes, base: np.ndarray | None, entries: int, dtype: torch.dtyp
         if len(planes) != width * count:
             raise ValueError("delta: a segment's values are malformed")
         positions = _within(np.cumsum(where + 1) - 1, entries)
-        return positions, np.ascontiguousarray(planes.reshape(width, count).T).view(SIGNED[width]).reshape(-1)
+        return positions, np.array(planes.reshape(width, count).T, order="C").view(SIGNED[width]).reshape(-1)
     assert base is not None
     positions = _from_exponents(_inflate(body[:n_where], 5 * (count + 513)), count, base, dtype)
     steps = from_varints(_inflate(body[n_where:], 10 * count), count, 10)

@@ -27,8 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:
-        text = str(error)
-        print(f"error: {text if text.startswith('delta: ') else f'delta: {text}'}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, ValueError) else f'delta: {error}'}", file=sys.stderr)
         return 2
     return 0
 

@@ -7,18 +7,18 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from rlvr_lightning.delta_codec import RAW
+from rlvr_lightning.delta_codec import RAW, SEGMENT
 
 FORMAT, VERSION = "rlvr_lightning.delta", "1"
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape by name."""
-_WIDE = 1 << 60  # stands for numbers not yet known when room is left for the header
 
 
 class DeltaWriter:
@@ -38,7 +38,7 @@ class DeltaWriter:
         self.sizes = {name: [0, 0, 0] for name in specs}
         self.hash = hashlib.sha256()
         empty = "0" * 64
-        wide = {name: [_WIDE, _WIDE, _WIDE] for name in specs}
+        wide = {name: [_most_bytes(*spec), prod(spec[1]), prod(spec[1])] for name, spec in specs.items()}
         self.reserved = -(-len(self._header(wide, empty, empty, empty)) // 8) * 8
 
     def __enter__(self) -> DeltaWriter:
@@ -68,6 +68,7 @@ class DeltaWriter:
         unsigned = self._header(self.sizes, base_digest, result_digest, "")
         checksum = hashlib.sha256(unsigned + self.hash.digest()).hexdigest()
         header = self._header(self.sizes, base_digest, result_digest, checksum).ljust(self.reserved)
+        assert len(header) == self.reserved, "the room left for the header was too small"
         self.file.seek(0)
         self.file.write(len(header).to_bytes(8, "little") + header)
         self.file.flush()
@@ -91,6 +92,12 @@ class DeltaWriter:
             header[name] = {"dtype": "U8", "shape": [sizes[name][0]], "data_offsets": [at, at + sizes[name][0]]}
             at += sizes[name][0]
         return canonical(header)
+
+
+def _most_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """No tensor takes more in a file: positions and values hardly compressed, and the heads of segments."""
+    entries = prod(shape)
+    return entries * (dtype.itemsize + 8) + (1 + entries // SEGMENT) * 64
 
 
 def canonical(header: Any) -> bytes:

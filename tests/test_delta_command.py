@@ -178,6 +178,24 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "0 of 409 entries, 0.0000%" in capsys.readouterr().out
 
 
+def test_hub_names(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    a, b = states(6)
+    cached, tuned = save(tmp_path / "cached", a), save(tmp_path / "tuned", b)
+
+    def fetch(name: str, ignore_patterns: list[str]) -> str:
+        if name != "owner/model":
+            raise RuntimeError("404\nDetails")
+        return str(cached)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert delta("diff", "owner/model", tuned, "--out", tmp_path / "x") == 0
+    assert load_delta(tmp_path / "x").base_digest == digest_state(a)
+    assert delta("diff", "owner/none", tuned, "--out", tmp_path / "x") == 2
+    assert capsys.readouterr().err == "error: delta: cannot fetch 'owner/none' from the hub: 404\n"
+
+
 PEAK = """
 import re, sys
 import torch, tqdm
