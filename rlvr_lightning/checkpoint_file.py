@@ -68,9 +68,9 @@ class Writer:
         if isinstance(error, OSError) and error.errno in FULL:
             free = shutil.disk_usage(self.path.parent).free
             raise ValueError(
-                f"checkpoint: the disk is full: {self.path} needs more than {written} bytes and {free} are free now; "
-                "make room (or keep fewer: save_top_k, every_n_train_steps) and resume from the last one, which is "
-                f"intact ({error.strerror})"
+                f"checkpoint: the disk is full: {self.path} needs more than {written} bytes, {free} are free now "
+                f"({error.strerror}); make room (or keep fewer: save_top_k, every_n_train_steps) and resume from the "
+                "last checkpoint, which is intact"
             ) from error
 
     def write(self, name: str, blob: bytes) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -73,3 +77,18 @@ def test_a_resumed_run_is_the_uninterrupted_run(folder, tmp_path: Path, mode) ->
     if whole.reference is not None:
         for p, q in zip(whole.reference._kept, resumed.reference._kept, strict=True):
             assert torch.equal(whole.reference.start(p), resumed.reference.start(q))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_run_goes_on_to_the_same_weights(folder, tmp_path: Path, kills: int) -> None:  # noqa: F811
+    command = [sys.executable, str(Path(__file__).with_name("checkpoint_worker.py")), folder, str(tmp_path), str(kills)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["kills"] == kills
+    assert record["bit_identical"]
+    assert record["temporary_files_left"] == 0
+    if kills == 50:
+        assert record["left_half_written"] >= 5
