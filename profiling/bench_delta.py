@@ -4,7 +4,8 @@ Bytes: of files of real SGD steps of SmolLM2-135M (bf16 view of an fp32 master).
 problems, clipped to norm 1, after some steps of the recipe; the learning rate is the recipe's, and two others found by
 bisection at which about 1 % and 0.01 % of the entries change. Time: comparing, applying and swapping against
 `Tensor.copy_` of the same tensors in the same run, in turn. Comparing reads two states, copying reads one and writes
-one: equal bytes. Run it on an idle machine.
+one: equal bytes.
+Run it on an idle machine: the load at the start is in the record.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import os
 import platform
 import statistics
 import sys
@@ -148,6 +150,7 @@ def file_sizes(base: State, target: State) -> dict[str, Any]:
     found["digest_s"] = seconds(lambda: digest_state(base))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.delta"
+        found["header_bytes"] = _header_bytes(delta, base, Path(folder) / "x.delta")
         for name, given in (("file", base), ("file_without_base", None)):
             found[f"{name}_save_s"] = seconds(lambda given=given: save_delta(path, delta, given))  # type: ignore[misc]
             found[f"{name}_load_s"] = seconds(lambda given=given: load_delta(path).load(given))  # type: ignore[misc]
@@ -158,6 +161,13 @@ def file_sizes(base: State, target: State) -> dict[str, Any]:
         }
     found["bound_bytes_per_changed"] = bounds(delta, base)
     return found
+
+
+def _header_bytes(delta: SparseDelta, base: State, path: Path) -> int:
+    """Bytes of a file that do not depend on how many entries changed."""
+    save_delta(path, delta, base)
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _raw_deflate(level: int, memory: int, strategy: int) -> Callable[[bytes], bytes]:
@@ -198,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             "zlib": zlib.ZLIB_RUNTIME_VERSION,
         },
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
         "speed": [bandwidth(1 << 26, density, options.repeats) for density in (0.0, 1e-4, 1e-2, 0.1)],
     }
     for row in record["speed"]:

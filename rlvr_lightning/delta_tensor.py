@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type as wide as an entry of so many bytes."""
 CPU_CHUNK = 1 << 19
-"""Entries compared at a time on a CPU, by each thread: few enough for its caches, enough to hide the calls."""
+"""Entries compared at a time on a CPU: few enough for the caches, enough to hide the calls."""
 DEVICE_CHUNK = 1 << 26
 """Entries compared at a time on an accelerator, which bounds the mask and the positions (8 bytes each) found."""
 SPARSE = 1 / 1000
@@ -192,22 +191,10 @@ def _positions(old: Tensor, new: Tensor) -> Tensor:
 
 def positions_cpu(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """The same in numpy, int32 or int64: it compares, counts and finds several times faster than torch on a CPU."""
-    threads = min(torch.get_num_threads(), len(before) // (2 * CPU_CHUNK))
-    if threads < 2:
-        return _scan(before, after, 0, len(before))
-    part = -(-len(before) // (threads * CPU_CHUNK)) * CPU_CHUNK
-    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter's lock
-        parts = [(start, min(start + part, len(before))) for start in range(0, len(before), part)]
-        return np.concatenate(list(pool.map(lambda bounds: _scan(before, after, *bounds), parts)))
-
-
-def _scan(before: np.ndarray, after: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Where two arrays differ between two positions."""
     dtype = np.int32 if len(before) < 2**31 else np.int64
     found, share = [np.empty(0, dtype)], 0.0
-    for start in range(begin, end, CPU_CHUNK):
-        stop = min(start + CPU_CHUNK, end)
-        x, y = before[start:stop], after[start:stop]
+    for start in range(0, len(before), CPU_CHUNK):
+        x, y = before[start : start + CPU_CHUNK], after[start : start + CPU_CHUNK]
         hits = _sparse_hits(x, y) if share < SPARSE else np.flatnonzero(x != y)
         share = len(hits) / len(x)
         if len(hits):

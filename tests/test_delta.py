@@ -101,14 +101,6 @@ def test_chunks_and_both_ways_to_compare(monkeypatch: pytest.MonkeyPatch, dtype:
     assert torch.equal(TensorDelta.between(old[1:], new[1:]).indices.long() + 1, expected[expected > 0])  # unaligned
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_share_the_comparing(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr(delta_tensor, "CPU_CHUNK", 64)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    old, new = chain(5, (7001,), torch.bfloat16, 0.02, 2)
-    assert TensorDelta.between(old, new).indices.tolist() == sorted(naive(old, new))
-
-
 def test_writes_into_parameters_without_autograd() -> None:
     weight = nn.Parameter(torch.zeros(3, 5))
     TensorDelta.between(weight, torch.ones(3, 5)).apply_(weight)
