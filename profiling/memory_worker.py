@@ -23,7 +23,7 @@ from rlvr_lightning.experience import Batching
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD, GradientRelease
-from rlvr_lightning.policy import TINY
+from rlvr_lightning.policy import TINY, load_model
 from rlvr_lightning.profiling.allocations import AllocationCounter
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sample, Sampling
@@ -67,6 +67,13 @@ class Watched(GRPO):
     """Tells a counter who owns what."""
 
     counter: AllocationCounter | None = None
+
+    def load_model(self) -> Any:
+        """From a folder with a config alone, random weights: only shapes matter for bytes."""
+        if list(Path(self.model_name).glob("*.safetensors")):
+            return super().load_model()
+        with torch.device(self.trainer.strategy.root_device):
+            return load_model(self.model_name, self.weights_dtype, from_scratch=True)
 
     def configure_model(self) -> None:
         """Register the owners that exist before the first step."""
@@ -151,14 +158,19 @@ def main(argv: list[str]) -> int:
         sizes = _parameter_sizes(args.folder, settings)
         counter = AllocationCounter(classify=classify(sizes))
     model = train(args.folder, settings, args.steps, args.device, counter)
-    parameters = sum(p.numel() for p in model.policy.parameters())
-    record: dict[str, Any] = {"parameters": parameters, "seconds": time.perf_counter() - started}
+    record: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.policy.parameters()),
+        "seconds": time.perf_counter() - started,
+        "step_s": float(model.trainer.callback_metrics["time/step_s"]),
+    }
     if counter is not None:
         record |= {"peak_bytes": counter.peak_bytes, "owners_bytes": counter.peak_by_owner}
     else:
         record |= {"interpreter_bytes": before, "peak_bytes": probe.peak_bytes(), "method": probe.method}
     if model.reference is not None:
         record["reference_bytes"] = model.reference.nbytes
+    if args.device == "cuda":
+        record["device"] = torch.cuda.get_device_name()
     print(json.dumps(record))
     return 0
 

@@ -7,7 +7,6 @@ keeping them. Gradients come out in the weights' dtype, each rounded once from f
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+
+from rlvr_lightning.heap import scratch
 
 BLOCK_ENTRIES = 1 << 20
 """Weights cast at a time: 4 MiB in fp32."""
@@ -53,22 +54,13 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> list[str]:
     return costly
 
 
-_scratch = threading.local()
-
-
 def cast(block: Tensor, dtype: torch.dtype) -> Tensor:
-    """A block of a weight in another dtype, for use at once: on a CPU the next call overwrites it.
-
-    One buffer serves all layers: allocating it for each would fragment the heap and cost page faults.
-    """
+    """A block of a weight in another dtype, for use at once: on a CPU the next call overwrites it."""
     if block.dtype == dtype:
         return block
     if block.device.type != "cpu":
         return block.to(dtype)
-    buffers = _scratch.__dict__
-    if buffers.get("of") is None or buffers["of"].numel() < block.numel() or buffers["of"].dtype != dtype:
-        buffers["of"] = torch.empty(max(block.numel(), BLOCK_ENTRIES), dtype=dtype)
-    return buffers["of"][: block.numel()].view(block.shape).copy_(block)
+    return scratch("cast", block.numel(), dtype).view(block.shape).copy_(block)
 
 
 def blocks(weight: Tensor) -> Iterator[slice]:

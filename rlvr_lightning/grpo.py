@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -48,6 +48,9 @@ from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import Rollouts, Sampling
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Record = dict[str, Any]
 
@@ -143,7 +146,7 @@ class GRPO(DeltaCheckpoints):
         """Load the policy, the reference if a KL term needs one, and the engine around the policy's own weights."""
         if self.policy is not None:
             return
-        model = load_model(self.model_name, self.weights_dtype)
+        model = self.load_model()
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = Policy(self.lora.adapt(model) if self.lora else model)
@@ -154,6 +157,10 @@ class GRPO(DeltaCheckpoints):
         stops = stop_token_ids(self.tokenizer, self.scorer.stop)
         pad = self.tokenizer.pad_token_id
         self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
+
+    def load_model(self) -> PreTrainedModel:
+        """The causal LM to train; a subclass may make one of its own."""
+        return load_model(self.model_name, self.weights_dtype)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, with its schedule."""

@@ -1,11 +1,17 @@
-"""Giving freed memory back to the system, on CPUs."""
+"""Keeping the heap of a CPU process as small as what it holds."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
+
+_buffers = threading.local()
 
 
 @cache
@@ -23,3 +29,16 @@ def give_back() -> None:
     """
     if (trim := _trim()) is not None:
         trim(0)
+
+
+def scratch(use: str, entries: int, dtype: torch.dtype) -> Tensor:
+    """A flat CPU tensor whose contents nobody keeps: the same memory each time for the same use, dtype and thread.
+
+    For temporaries of loops over chunks, which would grow the heap for the reason above and cost page faults.
+    """
+    buffers: dict[tuple[str, torch.dtype], Tensor] = _buffers.__dict__
+    buffer = buffers.get((use, dtype))
+    if buffer is None or len(buffer) < entries:
+        with torch.inference_mode(False):  # a buffer made during validation must serve training, too
+            buffer = buffers[use, dtype] = torch.empty(entries, dtype=dtype)
+    return buffer[:entries]

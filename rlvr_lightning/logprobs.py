@@ -153,9 +153,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         grad_bias = torch.empty_like(bias) if wants_bias and bias is not None else None
+        # summed over tokens in fp32 (bf16 sums would round each time), in one buffer for all slices
+        buffer = hidden.new_empty(at.words, weight.shape[1], dtype=torch.float32) if wants_weight else None
         for where, words in _words(weight, bias, hidden.dtype, at.words):
-            # summed over tokens in fp32: bf16 sums would round each time
-            sums = torch.zeros_like(words.weight, dtype=torch.float32) if wants_weight else None
+            sums = None if buffer is None else buffer[: len(words.weight)].zero_()
             bias_sums = torch.zeros(len(words.weight), device=hidden.device) if grad_bias is not None else None
             for rows in _slices(len(hidden), at.tokens):
                 z = words.logits(hidden[rows], at)

@@ -14,7 +14,7 @@ from conftest import random_rollouts, tiny_causal_lm
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_grpo import Recorder, fit, folder, module, weights  # noqa: F401 (a fixture)
 
-from rlvr_lightning import compute
+from rlvr_lightning import compute, heap
 from rlvr_lightning.callbacks import UpdateSparsity
 from rlvr_lightning.compute import compute_in
 from rlvr_lightning.experience import Batching
@@ -125,7 +125,7 @@ def test_what_release_cannot_do_is_said_before_training(folder, tmp_path: Path, 
 def test_at_most_two_tensors_of_gradients_are_alive(tied: bool, monkeypatch) -> None:
     """Twelve matrices of 128 KiB in bf16, computed with in fp32; every byte that backward and update make."""
     monkeypatch.setattr(compute, "BLOCK_ENTRIES", 1 << 9)  # the matrices are small: so must be what is cast at once
-    monkeypatch.setattr(compute, "_scratch", threading.local())
+    monkeypatch.setattr(heap, "_buffers", threading.local())
     monkeypatch.setitem(update.CHUNK_ENTRIES, "cpu", 1 << 8)
     peaks = {}
     for release in (None, GradientRelease()):
@@ -345,6 +345,17 @@ def test_no_second_copy_of_the_model_is_kept_for_the_backward_pass() -> None:
         del out
     weights_bytes = 4 * sum(p.numel() for p in model.parameters())
     assert kept[True] - kept[False] < 0.1 * weights_bytes
+
+
+def test_what_inference_mode_computed_does_not_hinder_training(monkeypatch) -> None:
+    monkeypatch.setattr(heap, "_buffers", threading.local())
+    model = tiny_causal_lm("qwen3").to(torch.bfloat16)
+    compute_in(model, torch.float32)
+    rollouts = random_rollouts()
+    with torch.inference_mode():
+        Policy(model)(rollouts)
+    Policy(model)(rollouts).logprobs.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_large_matrices_are_cast_in_blocks(monkeypatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from rlvr_lightning.callbacks import optimizer_state_bytes
 from rlvr_lightning.optim import SGD
 from rlvr_lightning.optim import update as update_room
-from rlvr_lightning.optim.bits import dice, join, rounded_by_dice, split
+from rlvr_lightning.optim.bits import dice, join, round_by_dice_into, split
 
 
 def all_kinds_of_floats(count: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def all_kinds_of_floats(count: int) -> torch.Tensor:
 def test_halves_hold_every_float() -> None:
     whole = all_kinds_of_floats(100_003)
     high, low = split(whole)
-    assert torch.equal(join(high, low).view(torch.int32), whole.view(torch.int32))
+    assert torch.equal(join(high, low), whole.view(torch.int32))
 
 
 def test_high_half_is_the_nearest_bf16_with_ties_away_from_zero() -> None:
@@ -78,7 +78,7 @@ def test_split_follows_the_fp32_master_bit_for_bit_over_1000_steps(chunk: int, m
         subnormal |= ((plain[1].abs() > 0) & (plain[1].abs() < 1.17e-38)).any()
         for h, b, p in zip(halves, beside, plain, strict=True):
             whole = join(h.detach(), ours.state[h]["low"])
-            assert torch.equal(whole.view(torch.int32), p.detach().view(torch.int32))
+            assert torch.equal(whole, p.detach().view(torch.int32))
             assert torch.equal(anchor.state[b]["master"].view(torch.int32), p.detach().view(torch.int32))
             assert torch.equal(h.detach().view(torch.int16), b.detach().view(torch.int16))
     assert crossed and subnormal
@@ -116,16 +116,34 @@ def test_nearest_without_a_master_is_torchs_sgd_in_bf16() -> None:
 
 
 def test_dice_are_uniform_and_differ_by_position_and_key() -> None:
-    a = dice(0, 1 << 18, 12345, torch.device("cpu"))
+    a = dice(0, 1 << 18, 12345, torch.device("cpu")).clone()
     assert int(a.min()) >= 0 and int(a.max()) <= 65535
     expected = len(a) / 256
     chi2 = float(((torch.bincount(a >> 8, minlength=256) - expected).square() / expected).sum())
     chi2_low = float(((torch.bincount(a & 255, minlength=256) - expected).square() / expected).sum())
     assert 160 < chi2 < 370 and 160 < chi2_low < 370  # 255 degrees of freedom: mean 255, sigma 22.6
     assert torch.equal(dice(1000, 7, 12345, a.device), a[1000:1007])
-    for other in (dice(0, 1 << 18, 12346, a.device), a.roll(1), a.roll(64)):
+    for other in (dice(0, 1 << 18, 12346, a.device).clone(), a.roll(1), a.roll(64)):
         x, y = a.double() - 32767.5, other.double() - 32767.5
         assert abs(float((x * y).mean() / (x.std() * y.std()))) < 5 / 512  # 5 sigma
+
+
+def test_dice_equal_naive_integers() -> None:
+    def naive(position: int, key: int) -> int:
+        x = (position * 0x9E3779B1 % 2**32) ^ key
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return (x ^ (x >> 16)) & 0xFFFF
+
+    for start, key in ((0, 7), ((1 << 31) - 3, 2**32 - 1), ((1 << 32) - 2, 1 << 31), (5 << 32, 12345)):
+        got = dice(start, 7, key, torch.device("cpu")).tolist()
+        assert got == [naive((start + k) % 2**32, key) for k in range(7)]
+
+
+def rounded_by_dice(bits: torch.Tensor, throw: torch.Tensor) -> torch.Tensor:
+    high = torch.empty(len(bits), dtype=torch.bfloat16)
+    round_by_dice_into(high, bits.clone(), throw)
+    return high
 
 
 def test_stochastic_rounding_is_unbiased() -> None:
@@ -138,7 +156,7 @@ def test_stochastic_rounding_is_unbiased() -> None:
         assert abs(float(draws.mean()) - exact) < 5 * ulp * math.sqrt(1 / 8) / math.sqrt(len(draws))
         assert len(draws.unique()) == 2
     exact = torch.tensor([1.5, -0.0, math.inf, 0.0]).view(torch.int32)
-    assert rounded_by_dice(exact, torch.full((4,), 65535)).tolist() == [1.5, -0.0, math.inf, 0.0]
+    assert rounded_by_dice(exact, torch.full((4,), 65535, dtype=torch.int32)).tolist() == [1.5, -0.0, math.inf, 0.0]
 
 
 def test_small_updates_are_lost_by_nearest_and_kept_on_average_by_dice() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rlvr_lightning.compute import cast
 from rlvr_lightning.optim.sgd import SGD
 from rlvr_lightning.optim.update import CHUNK_ENTRIES
 
@@ -14,7 +15,7 @@ from rlvr_lightning.optim.update import CHUNK_ENTRIES
 def squared_norm(grad: Tensor) -> Tensor:
     """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); by chunks, since 16-bit ones are cast."""
     size = CHUNK_ENTRIES.get(grad.device.type, CHUNK_ENTRIES["cuda"])
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in grad.reshape(-1).split(size)]
+    norms = [torch.linalg.vector_norm(cast(part, torch.float32)) for part in grad.reshape(-1).split(size)]
     return torch.stack(norms).square().sum()
 
 

@@ -29,8 +29,9 @@ from rlvr_lightning.optim.sgd import SGD
 
 Backward = Callable[..., None]
 
-TRIM_BYTES = 32 << 20
-"""On a CPU freed memory goes back to the system each time so many bytes of gradients have been dropped."""
+TRIMS = 32
+"""On a CPU freed memory goes back to the system so many times in a backward pass, which bounds what lies about as
+garbage. Each time costs milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,12 @@ class ReleasedUpdate:
                 "set it, or leave gradient_release out"
             )
         self.optimizer, self.release, self.max_norm = optimizer, release, max_norm
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.parts = 1
         self._dropped_bytes = 0
+        self._trim_bytes = max(4 << 20, sum(p.nbytes for p in parameters) // TRIMS)
         self._on_grad: Callable[[Tensor], None] | None = None
         self._squares: dict[Tensor, Tensor] = {}
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._hook) for p in parameters]
 
     def close(self) -> None:
@@ -89,7 +91,7 @@ class ReleasedUpdate:
         self._on_grad(parameter)
         self._dropped_bytes += 0 if parameter.grad is None else parameter.grad.nbytes
         parameter.grad = None
-        if parameter.device.type == "cpu" and self._dropped_bytes >= TRIM_BYTES:
+        if parameter.device.type == "cpu" and self._dropped_bytes >= self._trim_bytes:
             self._dropped_bytes = 0
             give_back()
 

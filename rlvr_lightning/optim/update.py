@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlvr_lightning.delta import TensorDelta
-from rlvr_lightning.optim.bits import dice, join, rounded, rounded_by_dice
+from rlvr_lightning.heap import scratch
+from rlvr_lightning.optim.bits import dice, join, round_by_dice_into, round_into
 
 CHUNK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 """On a CPU a chunk and its temporaries stay in the cache; on a GPU they are small beside any model."""
@@ -42,27 +43,37 @@ def update_chunk(at: Storage, grad: Tensor, step_size: float, start: int) -> tup
         start: position of the chunk in its tensor.
 
     Returns:
-        bool [n], where the weight's bits changed; and [n] the weights as they were.
+        bool [n], where the weight's bits changed; and [n] the weights as they were. Both until the next call.
     """
-    weight, old = at.weight, at.weight.clone()
+    weight = at.weight
+    old = _temporary("old", weight, weight.dtype).copy_(weight)
     if at.low is not None:
         low = at.low.to(weight.device, non_blocking=True)
-        whole = join(weight, low).add_(grad, alpha=-step_size)
-        bits = whole.view(torch.int32)
-        weight.copy_(rounded(bits))
+        bits = join(weight, low, out=_temporary("bits", weight, torch.int32))
+        bits.view(torch.float32).add_(grad, alpha=-step_size)
         at.low.copy_(bits)  # keeps the lowest 16 bits, which are the remainder
+        round_into(weight, bits)
     elif at.master is not None:
         at.master.add_(grad, alpha=-step_size)
-        weight.copy_(rounded(at.master.view(torch.int32)))
-    elif at.key is not None:
-        bits = weight.float().add_(grad, alpha=-step_size).view(torch.int32)
-        weight.copy_(rounded_by_dice(bits, dice(start, len(weight), at.key, weight.device)))
+        round_into(weight, _temporary("bits", weight, torch.int32).copy_(at.master.view(torch.int32)))
     elif weight.dtype in (torch.float32, torch.float64):
         weight.add_(grad, alpha=-step_size)
     else:
-        weight.copy_(weight.float().add_(grad, alpha=-step_size))
+        whole = _temporary("bits", weight, torch.int32).view(torch.float32).copy_(weight).add_(grad, alpha=-step_size)
+        if at.key is None:
+            weight.copy_(whole)
+        else:
+            round_by_dice_into(weight, whole.view(torch.int32), dice(start, len(weight), at.key, weight.device))
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    return old.view(integer) != weight.view(integer), old
+    changed = _temporary("changed", weight, torch.bool)
+    return torch.ne(old.view(integer), weight.view(integer), out=changed), old
+
+
+def _temporary(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a chunk."""
+    if like.device.type == "cpu":
+        return scratch(f"update {use}", len(like), dtype)
+    return torch.empty(len(like), dtype=dtype, device=like.device)
 
 
 def chunks(at: Storage, grad: Tensor) -> Iterator[tuple[int, Storage, Tensor]]:
