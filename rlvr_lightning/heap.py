@@ -36,7 +36,7 @@ def scratch(use: str, entries: int, dtype: torch.dtype) -> Tensor:
 
     For temporaries of loops over chunks, which would grow the heap for the reason above and cost page faults.
     """
-    buffers: dict[tuple[str, torch.dtype], Tensor] = _buffers.__dict__
+    buffers: dict[Any, Tensor] = _buffers.__dict__
     buffer = buffers.get((use, dtype))
     if buffer is None or len(buffer) < entries:
         with torch.inference_mode(False):  # a buffer made during validation must serve training, too

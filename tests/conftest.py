@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in its interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference` and each other's helpers by name
 
 from rlvr_lightning.schema import Rollouts
