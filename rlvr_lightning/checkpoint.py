@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -42,6 +42,7 @@ from rlvr_lightning.checkpoint_state import DELTA, WHOLE, Reader, StoredState, S
 from rlvr_lightning.delta_codec import SEGMENT, UNCHANGED
 from rlvr_lightning.delta_file import signed
 from rlvr_lightning.delta_tensor import describe, flat_bits
+from rlvr_lightning.heap import give_back
 from rlvr_lightning.reference import Reference
 
 Record = dict[str, Any]
@@ -160,6 +161,17 @@ class DeltaCheckpoints(LightningModule):
             reference.rebase({p: weights[name] for name, p in self.named_parameters() if name in weights})
 
 
+def check_readable(path: str | Path | None, trainer: Trainer) -> None:
+    """Raise ValueError if a path is a delta checkpoint and the trainer has no `DeltaCheckpointIO` to read it."""
+    if not path or not Path(path).is_file() or isinstance(trainer.strategy.checkpoint_io, DeltaCheckpointIO):
+        return
+    if metadata_of(Path(path)) is not None:
+        raise ValueError(
+            f"checkpoint: {path} holds what changed since the start; to read it set trainer.plugins: "
+            "rlvr_lightning.checkpoint.DeltaCheckpointIO"
+        )
+
+
 def restore_(
     module: torch.nn.Module, reader: Reader, start: Start | None = None, reference: Reference | None = None
 ) -> None:
@@ -186,6 +198,7 @@ def restore_(
         )
     parameters = dict(module.named_parameters())
     for name in reader.weights:
+        give_back()
         target = state[name]
         base = start.value(name) if start else None
         after = (target if base is None else base).detach().cpu().clone()
@@ -201,13 +214,15 @@ def check_fits(state: dict[str, Tensor], reader: Reader) -> None:
     theirs = {*reader.weights, *reader.aliases}
     for name in sorted(theirs ^ {*names, *aliases}):
         here = "has no" if name in theirs else "also has a"
-        raise ValueError(f"checkpoint: this module {here} tensor {name!r}, unlike {reader.file.path}; check `model`")
+        raise ValueError(
+            f"checkpoint: the module {here} tensor {name!r}, unlike {reader.file.path}; set `model` and `lora` as then"
+        )
     for name in reader.weights:
         _, dtype, shape = reader.specs[f"weights/{name}"]
         if (state[name].dtype, tuple(state[name].shape)) != (dtype, shape):
             raise ValueError(
                 f"checkpoint: {name!r} is {dtype} {list(shape)} in {reader.file.path}, but {describe(state[name])} in "
-                "this module; set `model`, `dtype` and `lora` as they were"
+                "this module; set `model`, `dtype` and `lora` as then"
             )
 
 

@@ -19,6 +19,7 @@ from rlvr_lightning.checkpoint_file import Container
 from rlvr_lightning.delta_codec import SEGMENT, decode, encode
 from rlvr_lightning.delta_file import signed
 from rlvr_lightning.delta_tensor import flat_bits
+from rlvr_lightning.heap import give_back
 
 DELTA, WHOLE = "delta", "whole"
 WORKERS = max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
@@ -174,6 +175,7 @@ class StoredState(Mapping[int, dict[str, Any]]):
                 self.names.setdefault(int(place[1]), {})[place[2]] = name
 
     def __getitem__(self, key: int) -> dict[str, Any]:
+        give_back()  # what the parameter before was decoded into
         large = {name: self.reader.whole(entry) for name, entry in self.names[key].items()}
         return {**self.small.get(key, {}), **large}
 

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlvr_lightning import callbacks
+from rlvr_lightning.checkpoint import check_readable
 from rlvr_lightning.config_errors import Parser, condense
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 
@@ -107,6 +108,13 @@ class RLVRCLI(LightningCLI):
             default=True,
             help="Measure before the first step, so that curves have a start.",
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would load the whole checkpoint here, with torch, for settings that ours do not hold."""
+
+    def after_instantiate_classes(self) -> None:
+        """A checkpoint that cannot be read is said before anything is loaded."""
+        check_readable(self._get(self.config, "ckpt_path"), self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with a bar, logging to `runs/NAME/version_K` unless the YAML names loggers."""

@@ -30,6 +30,7 @@ from rlvr_lightning.checkpoint_rest import to_bytes
 from rlvr_lightning.checkpoint_start import Start
 from rlvr_lightning.checkpoint_state import Reader, StoredState
 from rlvr_lightning.delta_digest import digest_state
+from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim import SGD
 from rlvr_lightning.policy import Policy
 
@@ -308,3 +309,56 @@ def test_segments_are_coded_in_order_by_several_threads(monkeypatch, tmp_path: P
     assert len(list(Container(tmp_path / "a.ckpt").blobs("weights/policy.model.model.embed_tokens.weight"))) > 5
     restore_(fresh, Reader(tmp_path / "a.ckpt"))
     assert all(torch.equal(a, b) for a, b in zip(bits(moved), bits(fresh), strict=True))
+
+
+CODING_BYTES = 48 << 20
+
+
+def grown(work) -> int:
+    """Bytes by which this process grew at its highest."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset the highest size")
+@pytest.mark.parametrize("stored", ["delta", "whole"])
+def test_one_tensor_at_a_time_in_memory(tmp_path: Path, monkeypatch, stored: str) -> None:
+    """Weights and low halves of 24 tensors of 4 MiB each: none of it twice, whether saved or loaded."""
+    monkeypatch.setattr(checkpoint_state, "WORKERS", 1)
+    size, count = 2 << 20, 24
+
+    def build(moved: bool) -> torch.nn.Module:
+        holder = torch.nn.Module()
+        holder.policy = torch.nn.ParameterList(torch.ones(size, dtype=torch.bfloat16) for _ in range(count))
+        for p in holder.policy if moved else ():
+            p.data[::100] = 2.0
+        return holder
+
+    fresh, moved = build(False), build(True)
+    sgd, other = (SGD(holder.parameters(), lr=1.0) for holder in (moved, fresh))
+    for p in moved.parameters():
+        sgd.state[p]["low"] = torch.full((size,), 3, dtype=torch.int16)
+    checkpoint = {"state_dict": moved.state_dict(), "optimizer_states": [sgd.state_dict()]}
+    if stored == "delta":
+        start = Start(fresh, None, tmp_path)
+        checkpoint["state_dict"] = SinceStart(moved.state_dict())
+        checkpoint["state_dict"].about, checkpoint["state_dict"].start = {"base_digest": start.digest}, start
+    plugin, path = DeltaCheckpointIO(), tmp_path / "a.ckpt"
+    assert grown(lambda: plugin.save_checkpoint(checkpoint, path)) < 2 * 2 * size + CODING_BYTES
+
+    def load() -> None:
+        found = plugin.load_checkpoint(path)
+        restore_(fresh, found["state_dict"].reader)
+        other.load_state_dict(found["optimizer_states"][0])
+
+    assert grown(load) < (count + 2) * 2 * size + CODING_BYTES  # the optimizer's own state is new
+    assert all(torch.equal(p, q) for p, q in zip(moved.parameters(), fresh.parameters(), strict=True))
+    assert all(int(other.state[p]["low"].min()) == 3 for p in fresh.parameters())
