@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rlvr_lightning.callbacks.run_files import exact
 from rlvr_lightning.callbacks.tensors import ByteCounter, first_copy, total_bytes
@@ -30,7 +32,10 @@ class StateEntry:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+    if is_traceable_wrapper_subclass(value) and not isinstance(value, DTensor):  # quantised states: codes and scales
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
