@@ -22,14 +22,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlvr_lightning.checkpoint import restore_
 from rlvr_lightning.checkpoint_file import metadata_of
+from rlvr_lightning.checkpoint_restore import restore_
 from rlvr_lightning.checkpoint_state import Reader
 from rlvr_lightning.delta_digest import digest_state
 from rlvr_lightning.delta_tensor import describe
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer
 
 SHARD = "5GB"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def kept_steps(source: Path) -> list[Kept]:
 def _step(path: Path) -> tuple[int, bool]:
     metadata = metadata_of(path)
     if metadata is not None:
-        return int(metadata["about"].get("step") or 0), True
+        return int(metadata.get("about", {}).get("step") or 0), True
     named = re.search(r"step=(\d+)", path.name)
     return int(named[1]) if named else int(_load_ordinary(path).get("global_step", 0)), False
 
@@ -96,9 +97,14 @@ def about_run(path: Path) -> dict[str, Any]:
 
 def build(about: dict[str, Any], from_scratch: bool) -> nn.Module:
     """The model as a run starts with it, under the names that checkpoints give its tensors."""
-    model = load_model(about["model"], getattr(torch, about.get("dtype") or "float32"), from_scratch)
+    try:
+        lora = LoRA(**about["lora"]) if about.get("lora") else None
+        name, dtype = str(about["model"]), DTYPES[about.get("dtype") or "float32"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"export: what the checkpoint says of its model is malformed: {error}") from None
+    model = load_model(name, dtype, from_scratch)
     holder = nn.Module()
-    holder.policy = Policy(LoRA(**about["lora"]).adapt(model) if about.get("lora") else model)
+    holder.policy = Policy(lora.adapt(model) if lora else model)
     return holder
 
 
@@ -149,7 +155,10 @@ def write_folder(policy: Policy, tokenizer: Any, out: Path) -> str:
         out.mkdir(exist_ok=True)
         for stale in out.glob("*.safetensors*"):  # of a model written there before, with --force
             stale.unlink()
+        mask = os.umask(0)
+        os.umask(mask)
         for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)  # weights come out private
             os.replace(file, out / file.name)
     except OSError as error:
         raise ValueError(

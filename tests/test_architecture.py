@@ -19,7 +19,8 @@ FLOORS = [
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
     | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"},
     {"experience", "policy", "data", "rollout", "scoring", "reference"}
-    | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"},
+    | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"}
+    | {"checkpoint_restore"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {

@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning.__main__ import main
-from rlvr_lightning.checkpoint import DeltaCheckpointIO, restore_
+from rlvr_lightning.checkpoint import DeltaCheckpointIO
 from rlvr_lightning.checkpoint_file import metadata_of
+from rlvr_lightning.checkpoint_restore import restore_
 from rlvr_lightning.checkpoint_state import Reader
 from rlvr_lightning.data.arithmetic import ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData

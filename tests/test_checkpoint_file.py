@@ -23,10 +23,11 @@ from test_checkpoint import saving
 from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning import checkpoint_file, checkpoint_state
-from rlvr_lightning.checkpoint import DeltaCheckpointIO, SinceStart, restore_
+from rlvr_lightning.checkpoint import DeltaCheckpointIO, SinceStart
 from rlvr_lightning.checkpoint_codec import pack, unpack
 from rlvr_lightning.checkpoint_file import Container, Writer, metadata_of, sweep
 from rlvr_lightning.checkpoint_rest import to_bytes
+from rlvr_lightning.checkpoint_restore import restore_
 from rlvr_lightning.checkpoint_start import Start
 from rlvr_lightning.checkpoint_state import Reader, StoredState
 from rlvr_lightning.delta_digest import digest_state
