@@ -1,6 +1,9 @@
-"""The benchmarks' block of a README, from the records `results/bench_*.json`.
+"""Blocks of a README from the records of benchmarks, `results/*.json`.
 
-<!-- bench -->
+<!-- bench -->                speed and memory against others
+<!-- bench memory_cpu -->     bytes of a step by owner (`profiling/bench_memory.py`)
+<!-- bench delta -->          bytes of an update's file (`profiling/bench_delta.py`)
+<!-- bench checkpoints -->    bytes of a checkpoint (`profiling/bench_checkpoint.py`)
 <!-- end -->
 """
 
@@ -14,7 +17,7 @@ from typing import Any
 
 from rlvr_lightning.tables import gib, markdown
 
-BLOCK = re.compile(r"(<!-- bench -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench(?P<what>[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADING = ["measured", "here", "peer", "ratio", "command"]
 
 
@@ -44,7 +47,7 @@ def trl_rows(record: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def bench_table(results: Path) -> str:
-    """All benchmark records as one Markdown table."""
+    """All comparisons with others as one Markdown table."""
     rows = [HEADING]
     for pattern, make in (("bench_rollout_*.json", rollout_rows), ("bench_trl_*.json", trl_rows)):
         for path in sorted(results.glob(pattern)):
@@ -52,15 +55,96 @@ def bench_table(results: Path) -> str:
     return markdown(rows)
 
 
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f}"
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    """Of a record of `profiling/bench_memory.py`: MiB by owner at the worst moment, and bytes a parameter."""
+    from rlvr_lightning.profiling.bench_memory import MODES
+
+    owners = {"weights": "weights", "optimizer state": "optimizer state", "gradients": "gradients"}
+    owners |= {"reference": "reference", "activations": "activations"}
+    rows = [
+        [
+            "model",
+            "mode",
+            *owners.values(),
+            "process above interpreter",
+            "bytes/parameter: counted",
+            "process",
+            "step s",
+        ]
+    ]
+    for row in record["rows"]:
+        measured, counted = row["measured"], row["counted"]
+        mode = MODES[row["mode"]]
+        if "counted_bytes_per_parameter" not in row:
+            rows.append([row["model"], mode, f"failed: {measured.get('failed') or counted.get('failed')}", *[""] * 8])
+            continue
+        held = [_mib(counted["owners_bytes"].get(owner, 0)) for owner in owners]
+        process = _mib(measured["peak_bytes"] - measured["interpreter_bytes"])
+        per = [f"{row[f'{kind}_bytes_per_parameter']:.2f}" for kind in ("counted", "measured")]
+        rows.append([row["model"], mode, *held, process, *per, f"{measured['step_s']:.1f}"])
+    return markdown(rows)
+
+
+def delta_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_delta.py`: what one SGD step of SmolLM2 takes as a file."""
+    rows = [
+        ["SGD step", "changed", "file bytes", "bytes/entry", "bound, uniform", "bound, by exponent", "save s", "load s"]
+    ]
+    for name, step in record["steps"].items():
+        bound = step["bound_bytes_per_changed"]
+        rows.append(
+            [
+                f"{name}, rate {step['lr']:.1e}",
+                f"{100 * step['density']:.3f} %",
+                f"{step['file_bytes']:,}",
+                f"{step['file_bytes_per_changed']:.2f}",
+                f"{bound['uniform']:.2f}",
+                f"{bound['exponent']:.2f}",
+                f"{step['file_save_s']:.2f}",
+                f"{step['file_load_s']:.2f}",
+            ]
+        )
+    return markdown(rows)
+
+
+def checkpoint_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_checkpoint.py`: a checkpoint of ours and an ordinary one."""
+    rows = [["model", "optimizer", "steps", "entries changed", "delta checkpoint bytes", "ordinary", "ratio"]]
+    for row in record["rows"]:
+        changed = f"{row['entries']['changed'] / row['parameters']:.2%}" if row["entries"]["in_base"] else "kept whole"
+        sizes = [f"{row[kind]['bytes']:,}" for kind in ("delta", "ordinary")]
+        rows.append([row["model"], row["mode"], str(row["steps"]), changed, *sizes, f"{row['ratio']:.1f}"])
+    return markdown(rows)
+
+
+def _table(what: str, results: Path) -> str:
+    """The table of one block."""
+    if not what:
+        return bench_table(results)
+    makers = {"delta": ("bench_delta.json", delta_table), "checkpoints": ("checkpoint_bytes.json", checkpoint_table)}
+    file, make = makers.get(what, (f"bench_{what}.json", memory_table))
+    return make(json.loads((results / file).read_text()))
+
+
 def fill_bench(text: str, results: Path) -> str:
-    """A Markdown text with its benchmark block, if there is one, rendered from the records.
+    """A Markdown text with its benchmark blocks rendered from the records.
 
     Raises:
-        ValueError: there is a block and no record.
+        ValueError: there is a block and no record for it.
     """
-    if not BLOCK.search(text):
-        return text
-    if not list(results.glob("bench_*.json")):
+
+    def fill(block: re.Match[str]) -> str:
+        what = block["what"].strip()
+        try:
+            table = _table(what, results)
+        except FileNotFoundError as error:
+            raise ValueError(f"the bench block {what!r}: no {error.filename}; run its benchmark") from None
+        return f"{block[1]}{table}\n{block[3]}"
+
+    if BLOCK.search(text) and not list(results.glob("bench_*.json")):
         raise ValueError(f"the bench block: no records in {results}; run rlvr_lightning.profiling.bench_rollout")
-    table = bench_table(results)
-    return BLOCK.sub(lambda block: f"{block[1]}{table}\n{block[2]}", text)
+    return BLOCK.sub(fill, text)
