@@ -30,6 +30,8 @@ MODES = {
     "adamw_fp32_copy": "AdamW, fp32 weights, reference a copy",
     "sgd_fp32_copy": "SGD, fp32 weights, reference a copy",
     "sgd_split_release_delta": "SGD, split master, gradient release, reference a delta",
+    "sgd_split_delayed_delta": "the same, clipped by the step before (one backward pass)",
+    "sgd_split_kept_delta": "the same, gradients kept until the step",
     "sgd_bf16_release_delta": "SGD, bf16 (stochastic rounding), gradient release, reference a delta",
 }
 QWEN3 = {  # hidden, intermediate, layers, heads, key-value heads, tied (their config.json on the model hub)

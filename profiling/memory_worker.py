@@ -36,6 +36,12 @@ MODES: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "gradient_release": GradientRelease(),
     },
+    "sgd_split_delayed_delta": {
+        "optimizer": partial(SGD, lr=1e-2),
+        "dtype": "bfloat16",
+        "gradient_release": GradientRelease(clip="delayed"),
+    },
+    "sgd_split_kept_delta": {"optimizer": partial(SGD, lr=1e-2), "dtype": "bfloat16"},
     "sgd_bf16_release_delta": {
         "optimizer": partial(SGD, lr=1e-2, master="none", rounding="stochastic"),
         "dtype": "bfloat16",
@@ -162,6 +168,7 @@ def main(argv: list[str]) -> int:
         "parameters": sum(p.numel() for p in model.policy.parameters()),
         "seconds": time.perf_counter() - started,
         "step_s": float(model.trainer.callback_metrics["time/step_s"]),
+        "train_s": float(model.trainer.callback_metrics["time/train_s"]),
     }
     if counter is not None:
         record |= {"peak_bytes": counter.peak_bytes, "owners_bytes": counter.peak_by_owner}

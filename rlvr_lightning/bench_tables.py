@@ -73,7 +73,7 @@ def memory_table(record: dict[str, Any]) -> str:
             "process above interpreter",
             "bytes/parameter: counted",
             "process",
-            "step s",
+            "training s",
         ]
     ]
     for row in record["rows"]:
@@ -85,7 +85,7 @@ def memory_table(record: dict[str, Any]) -> str:
         held = [_mib(counted["owners_bytes"].get(owner, 0)) for owner in owners]
         process = _mib(measured["peak_bytes"] - measured["interpreter_bytes"])
         per = [f"{row[f'{kind}_bytes_per_parameter']:.2f}" for kind in ("counted", "measured")]
-        rows.append([row["model"], mode, *held, process, *per, f"{measured['step_s']:.1f}"])
+        rows.append([row["model"], mode, *held, process, *per, f"{measured['train_s']:.1f}"])
     return markdown(rows)
 
 

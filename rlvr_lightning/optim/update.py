@@ -17,7 +17,7 @@ from rlvr_lightning.delta import TensorDelta
 from rlvr_lightning.heap import scratch
 from rlvr_lightning.optim.bits import dice, join, round_by_dice_into, round_into
 
-CHUNK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
+CHUNK_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 24}
 """On a CPU a chunk and its temporaries stay in the cache; on a GPU they are small beside any model."""
 
 
