@@ -268,6 +268,26 @@ def test_the_policys_weights_come_back_under_exceptions() -> None:
     assert 0 < reference.nbytes < 6 * sum(p.numel() for p in parameters)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_tied_embeddings_have_one_delta_and_the_same_logprobs(cast: bool) -> None:
+    policy = Policy(tiny_causal_lm("qwen3", tie_word_embeddings=True).to(torch.bfloat16))
+    start = copy.deepcopy(policy)
+    if cast:
+        for p in (policy, start):
+            compute_in(p.model, torch.float32)
+    reference, rollouts = Reference(policy, max_density=1.0), random_rollouts()
+    sgd = SGD(policy.parameters(), lr=0.05)
+    reference.listen(sgd)
+    for _ in range(3):
+        policy(rollouts).logprobs.sum().backward()
+        sgd.step()
+        sgd.zero_grad()
+        with torch.no_grad():
+            assert torch.equal(reference.logprobs(rollouts), start(rollouts).logprobs)
+            assert not torch.equal(policy(rollouts).logprobs, start(rollouts).logprobs)
+    assert len(reference._kept) == len(list(policy.parameters()))
+
+
 def test_a_dense_delta_becomes_a_copy_once_and_says_so(caplog) -> None:
     policy = Policy(tiny_causal_lm("qwen3").to(torch.bfloat16))
     reference = Reference(policy)
