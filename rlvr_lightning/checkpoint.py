@@ -66,6 +66,9 @@ class DeltaCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("DeltaCheckpointIO takes no storage_options; leave them out")
+        if "state_dict" not in checkpoint:  # the launcher of forked processes sends bare weights home in a file
+            super().save_checkpoint(checkpoint, path)
+            return
         began, path = time.perf_counter(), Path(path)
         weights = checkpoint["state_dict"]
         start = weights.start if isinstance(weights, SinceStart) else None

@@ -141,6 +141,13 @@ def test_other_modules_are_stored_whole(tmp_path: Path) -> None:
     assert torch.equal(other.layer.weight, plain.layer.weight)
 
 
+def test_what_is_no_checkpoint_is_stored_as_ever(tmp_path: Path) -> None:
+    """Lightning's launcher of forked processes hands over bare weights."""
+    bare = {"layer.weight": torch.ones(3, 5)}
+    DeltaCheckpointIO().save_checkpoint(bare, tmp_path / ".temp.ckpt")
+    assert torch.equal(DeltaCheckpointIO().load_checkpoint(tmp_path / ".temp.ckpt")["layer.weight"], torch.ones(3, 5))
+
+
 def test_ordinary_checkpoints_load_through_it(folder, tmp_path: Path) -> None:  # noqa: F811
     options = saving(tmp_path)
     ours = options.pop("plugins")
