@@ -170,6 +170,8 @@ class SGD(Optimizer):
         if self.master == "split":
             if "low" not in state:
                 state["low"] = self._new_low(_local(parameter))
+            elif self.low_on_host and state["low"].device != self._low_device(weight):
+                state["low"] = self._new_low(_local(parameter)).copy_(state["low"])  # trainers move states to the GPU
             return Storage(weight, low=state["low"].view(-1))
         if self.master == "fp32":
             if "master" not in state:
@@ -178,9 +180,12 @@ class SGD(Optimizer):
         return Storage(weight, key=key if self.rounding == "stochastic" else None)
 
     def _new_low(self, like: Tensor) -> Tensor:
-        on_host = self.low_on_host and like.device.type != "cpu"
-        device = torch.device("cpu") if on_host else like.device
-        return torch.zeros(like.shape, dtype=torch.int16, device=device, pin_memory=on_host)
+        device = self._low_device(like)
+        pinned = device != like.device
+        return torch.zeros(like.shape, dtype=torch.int16, device=device, pin_memory=pinned)
+
+    def _low_device(self, like: Tensor) -> torch.device:
+        return torch.device("cpu") if self.low_on_host else like.device
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and state, each tensor in its own dtype (torch's would turn it into the parameter's).
