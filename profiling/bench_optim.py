@@ -49,7 +49,7 @@ def measure(case: Case, repeats: int, device: str) -> list[float]:
         p.grad = torch.randn_like(p) * 0.01
     optimizer = make(parameters)
     if emit and isinstance(optimizer, SGD):
-        optimizer.listeners.append(lambda parameter, undo: None)
+        optimizer.listen(lambda parameter, undo: None)
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

@@ -86,6 +86,20 @@ class Watched(GRPO):
         super().configure_model()
         self.own()
 
+    def configure_optimizers(self) -> Any:
+        """Tell the optimizer's own work apart where it happens during the backward pass."""
+        configured = super().configure_optimizers()
+        optimizer = configured[0][0]
+        if self.counter is not None and isinstance(optimizer, SGD):
+            counter, update = self.counter, optimizer.update_parameter
+
+            def labelled(parameter: Tensor) -> None:
+                with counter.label("update"):
+                    update(parameter)
+
+            optimizer.update_parameter = labelled  # type: ignore[method-assign]
+        return configured
+
     def own(self) -> None:
         """Give the counter what lives from step to step."""
         if self.counter is None or self.policy is None:

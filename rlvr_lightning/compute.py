@@ -45,7 +45,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> list[str]:
         if type(module) is nn.Linear:
             module.forward = partial(_linear, module, dtype)  # type: ignore[method-assign]
         elif type(module) is nn.Embedding:
-            tied = _TiedRows(module.weight) if uses[module.weight] > 1 else None
+            tied = _TiedRows(module.weight) if uses[module.weight] > 1 and module.weight.requires_grad else None
             module.forward = partial(_embed, module, dtype, tied)  # type: ignore[method-assign]
         elif any(p.dtype != dtype for p in own.values()):
             _cast_while_running(module, dtype)

@@ -48,6 +48,7 @@ from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import Rollouts, Sampling
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
+from rlvr_lightning.trainer_checks import check_batches, check_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,6 +166,8 @@ class GRPO(DeltaCheckpoints):
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, with its schedule."""
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if self.updates is not None:  # of an earlier fit
+            self.updates.close()
         self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release)
         if self.reference is not None:
             self.reference.listen(optimizer)
@@ -172,16 +175,13 @@ class GRPO(DeltaCheckpoints):
         return [optimizer], [] if scheduler is None else [scheduler]
 
     def setup(self, stage: str) -> None:
-        """Check what the data module's batch size must divide into."""
-        prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None)
-        if stage == "fit" and prompts and self.gradient_release:
-            completions = prompts * self.group_size // self.batching.minibatches // self.trainer.world_size
-            self.gradient_release.check(completions, self.batching.micro_batch)
-        if stage == "fit" and prompts is not None and prompts % (self.batching.minibatches * self.trainer.world_size):
-            raise ValueError(
-                f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
-                f"({self.batching.minibatches}) times the number of processes ({self.trainer.world_size})"
-            )
+        """Check what the trainer and the data module bring."""
+        if stage != "fit":
+            return
+        check_trainer(self.trainer, self.weights_dtype)
+        if prompts := getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None):
+            ranks = self.trainer.world_size
+            check_batches(prompts, self.group_size, self.batching, self.gradient_release, ranks)
 
     # ---- one training step ----
 

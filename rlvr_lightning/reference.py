@@ -68,27 +68,31 @@ class Reference:
             ValueError: it cannot tell what it changes.
         """
         for parameter, kept in self._kept.items():
-            if isinstance(kept, TensorDelta):
-                moved = kept.indices.to(parameter.device), kept.values.to(parameter.device)
-                self._kept[parameter] = TensorDelta(*moved, kept.numel)
-            else:
-                self._kept[parameter] = kept.to(parameter.device)
+            self._kept[parameter] = _to(kept, parameter.device)
         if self.follows_changes:
-            on_change(optimizer, self._changed)
+            on_change(optimizer, self._changed, lambda p: isinstance(self._kept.get(p), TensorDelta))
 
-    def _changed(self, parameter: Tensor, undo: TensorDelta) -> None:
+    @torch.no_grad()
+    def _changed(self, parameter: Tensor, undo: TensorDelta | Tensor) -> None:
         """The weights moved: what was known to lead to the start, led there from their old values."""
-        kept = self._kept.get(parameter)
-        if isinstance(kept, TensorDelta):
-            self._keep(parameter, undo.then(kept).without_returned(parameter))
-
-    def _keep(self, parameter: Tensor, delta: TensorDelta) -> None:
-        self._kept[parameter] = delta
-        if delta.density <= self.max_density:
-            return
-        start = parameter.detach().clone()
-        delta.apply_(start)
+        kept = cast(TensorDelta, self._kept[parameter])
+        if isinstance(undo, Tensor):  # all of it, as it was
+            start = undo.view(parameter.shape)
+        elif len(undo) + len(kept) <= 2 * self.max_density * kept.numel:  # else merging takes more than a copy
+            merged = undo.then(kept).without_returned(parameter)
+            if merged.density <= self.max_density:
+                self._kept[parameter] = merged
+                return
+            start = parameter.detach().clone()
+            merged.apply_(start)
+        else:
+            start = parameter.detach().clone()
+            undo.apply_(start)
+        kept.apply_(start)
         self._kept[parameter] = start
+        self._tell()
+
+    def _tell(self) -> None:
         total = sum(p.numel() for p in self._kept)
         copied = sum(p.numel() for p, kept in self._kept.items() if isinstance(kept, Tensor))
         if not self._told and copied > 0.01 * total:  # norms are dense at once and cost nothing
@@ -127,7 +131,7 @@ class Reference:
 
     def start(self, parameter: Tensor) -> Tensor:
         """A trained parameter's value at the start, a new tensor."""
-        kept = self._kept[parameter]
+        kept = _to(self._kept[parameter], parameter.device)  # after a run the policy is back on the CPU
         if not isinstance(kept, TensorDelta):
             return kept.clone()
         start = parameter.detach().clone()
@@ -150,3 +154,9 @@ class Reference:
                 return self.policy(rollouts, temperature).logprobs
         with self.in_place():
             return self.policy(rollouts, temperature).logprobs
+
+
+def _to(kept: TensorDelta | Tensor, device: torch.device) -> TensorDelta | Tensor:
+    if isinstance(kept, Tensor):
+        return kept.to(device)
+    return TensorDelta(kept.indices.to(device), kept.values.to(device), kept.numel)

@@ -18,7 +18,7 @@ FLOORS = [
     {"schema", "seeds", "configuration", "heap"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
     | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"},
-    {"experience", "policy", "data", "rollout", "scoring", "reference"}
+    {"experience", "policy", "data", "rollout", "scoring", "reference", "trainer_checks"}
     | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"}
     | {"checkpoint_restore"},
     {"grpo", "sft"},

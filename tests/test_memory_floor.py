@@ -7,23 +7,25 @@ import math
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import random_rollouts, tiny_causal_lm
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_grpo import Recorder, fit, folder, module, weights  # noqa: F401 (a fixture)
+from test_grpo import Constant, Recorder, fit, folder, module, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning import compute, heap
 from rlvr_lightning.callbacks import UpdateSparsity
 from rlvr_lightning.compute import compute_in
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.optim import SGD, GradientRelease, update
+from rlvr_lightning.optim import SGD, GradientRelease, tensorwise, update
 from rlvr_lightning.optim.updates import Updates
-from rlvr_lightning.policy import LoRA, Policy
+from rlvr_lightning.policy import TINY, LoRA, Policy
 from rlvr_lightning.profiling.allocations import AllocationCounter
 from rlvr_lightning.reference import Reference
+from rlvr_lightning.trainer_checks import check_trainer
 
 WHOLE = Batching(micro_batch=24)
 MODES = {
@@ -75,8 +77,7 @@ def test_fp32_and_split_masters_learn_the_same_bits(folder, tmp_path: Path) -> N
 def test_delayed_clips_by_the_step_before_and_each_tensor_by_itself() -> None:
     weight, other = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     sgd = SGD([weight, other], lr=1.0)
-    release = GradientRelease(clip="delayed")
-    updates = Updates(sgd, lambda loss, retain_graph=False: loss.backward(retain_graph=retain_graph), 1.0, release)
+    updates = released(sgd, clip="delayed")
 
     def step(a: float, b: float) -> tuple[float, float]:
         before = float(weight), float(other)
@@ -93,18 +94,89 @@ def test_delayed_clips_by_the_step_before_and_each_tensor_by_itself() -> None:
     assert not torch.isnan(weight).any()
 
 
-def test_each_micro_batch_is_a_smaller_step(folder, tmp_path: Path) -> None:  # noqa: F811
-    """Two micro-batches applied at once are two optimizer steps, each clipped to half of the norm."""
-    release = GradientRelease(accumulation="each")
-    model = module(folder, gradient_release=release, batching=Batching(micro_batch=12), optimizer=partial(SGD, lr=0.5))
-    start = module(folder)
-    start.configure_model()
-    trainer = fit(model, tmp_path, steps=1)
-    moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(weights(start), weights(model), strict=True)))
-    assert trainer.global_step == 1
-    assert 0 < moved <= 0.5 * 1.0 * (1 + 1e-4)
-    by_hand = copy.deepcopy(start.policy)
-    assert not all(torch.equal(a, b) for a, b in zip(by_hand.parameters(), model.policy.parameters(), strict=True))
+def released(optimizer: SGD, max_norm: float = 1.0, **release) -> Updates:
+    def backward(loss, retain_graph=False):
+        loss.backward(retain_graph=retain_graph)
+
+    return Updates(optimizer, backward, max_norm, GradientRelease(**release))
+
+
+def test_each_micro_batch_is_a_smaller_step() -> None:
+    """Two micro-batches are two steps by hand, each on the weights as they are then, clipped to half of the norm."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    by_hand = weight.detach().clone()
+    sgd = SGD([weight], lr=0.5)
+    updates = released(sgd, accumulation="each")
+    updates.begin(2)
+    for target in (3.0, 0.0):
+        gradient = 2 * (by_hand - target)
+        by_hand -= 0.5 * gradient * min(1.0, 0.5 / float(gradient.norm()))
+        updates.backward((weight - target).square().sum())
+    assert "grad_norm" in updates.finish(sgd.step)
+    assert weight.tolist() == pytest.approx(by_hand.tolist(), rel=1e-5)
+    assert sgd.param_groups[0]["steps"] == 1
+
+
+@pytest.mark.parametrize(("clip", "max_norm"), [("two_pass", 1.0), ("two_pass", 0.0), ("delayed", 1.0)])
+def test_a_released_gradient_that_is_not_finite(clip: str, max_norm: float) -> None:
+    """`first` gets its gradient before the infinite one, `last` after it."""
+    last, bad, first = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    sgd = SGD([last, bad, first], lr=0.1)
+    updates = released(sgd, max_norm, clip=clip)
+    hidden = last * 1.0
+    order = []
+    for name, p in (("last", last), ("bad", bad), ("first", first)):
+        p.register_hook(lambda g, name=name: order.append(name))
+    updates.begin(1)
+    if clip == "delayed":  # the norm before is known
+        sgd.param_groups[0]["last_norm"] = 1.0
+    updates.backward(((hidden * 1.0 * bad) * first * 1.0).sum() + (bad * math.inf).sum())
+    assert updates.finish(sgd.step) == {"nonfinite": 1.0}
+    assert float(bad) == 1.0
+    if clip == "two_pass" and max_norm:
+        assert float(first) == float(last) == 1.0
+    assert all(p.grad is None for p in (last, bad, first))
+    updates.begin(1)
+    updates.backward((last + bad + first).sum())  # and the run goes on
+    assert "grad_norm" in updates.finish(sgd.step)
+
+
+def test_whole_refuses_a_second_micro_batch() -> None:
+    updates = released(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    with pytest.raises(ValueError, match="whole needs one micro-batch per optimizer step, got 2"):
+        updates.begin(2)
+
+
+def test_a_second_fit_works_and_no_signal_changes_nothing(folder, tmp_path: Path) -> None:  # noqa: F811
+    settings = {"dtype": "bfloat16", "optimizer": partial(SGD, lr=0.5), "gradient_release": GradientRelease()}
+    model = module(folder, batching=WHOLE, **settings)
+    fit(model, tmp_path, steps=1)
+    before = weights(model)
+    fit(model, tmp_path, steps=1)
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+    dull = module(folder, batching=WHOLE, rewards={"constant": Constant()}, **settings)
+    trainer = fit(dull, tmp_path, steps=3, callbacks=[UpdateSparsity(every_n_steps=1)])
+    assert trainer.callback_metrics["update/changed_frac/bf16"] == 0
+    assert trainer.callback_metrics["update/measured_step"] == 3
+
+
+def test_scaled_losses_and_several_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="16-mixed scales the loss"):  # on a CPU the trainer turns it into bf16-mixed
+        check_trainer(SimpleNamespace(world_size=1, precision="16-mixed"), torch.float32)
+    with pytest.raises(ValueError, match="one process so far, not in 2"):
+        check_trainer(SimpleNamespace(world_size=2, precision="32-true"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "message"),
+    [
+        ("bf16-mixed", "bfloat16", "bf16-mixed is for float32 weights"),
+        ("bf16-true", "float32", "bf16-true is not supported"),
+    ],
+)
+def test_precisions_that_would_not_do_what_they_say(folder, tmp_path, precision, dtype, message) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        fit(module(folder, dtype=dtype), tmp_path, precision=precision)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +237,7 @@ def test_a_tied_table_without_its_output_layer_still_gets_its_gradient() -> None
 def test_resuming_a_released_run_continues_bit_for_bit(folder, tmp_path: Path) -> None:  # noqa: F811
     settings = {
         "dtype": "bfloat16",
-        "optimizer": partial(SGD, lr=0.5),
+        "optimizer": partial(SGD, lr=0.02),  # so low that the reference stays a delta
         "gradient_release": GradientRelease(clip="delayed"),
         "batching": WHOLE,
         "warmup_steps": 3,
@@ -177,6 +249,7 @@ def test_resuming_a_released_run_continues_bit_for_bit(folder, tmp_path: Path) -
     fit(first, tmp_path, steps=3, callbacks=[keep], enable_checkpointing=True)
     fit(second, tmp_path, steps=5, ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
     assert same(whole, second)
+    assert whole.reference.follows_changes
     for p, q in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
         assert torch.equal(whole.reference.start(p), second.reference.start(q))
 
@@ -203,8 +276,10 @@ def test_update_sparsity_sees_released_updates(folder, tmp_path: Path) -> None: 
     ],
 )
 @pytest.mark.parametrize("max_density", [1.0, 0.05])
-def test_delta_reference_equals_a_copy_bit_for_bit(folder, tmp_path: Path, optimizer, max_density) -> None:  # noqa: F811
+def test_delta_reference_equals_a_copy_bit_for_bit(folder, tmp_path, monkeypatch, optimizer, max_density) -> None:  # noqa: F811
     """Log-probs at every step, and what is learnt, with deltas kept as they are or turned into copies on the way."""
+    for emitter in (update, tensorwise):
+        monkeypatch.setattr(emitter, "DENSE", max_density)
 
     class Observed(Recorder):
         def configure_model(self) -> None:
@@ -309,6 +384,13 @@ def test_without_a_kl_term_there_is_no_reference_and_none_refuses_one(folder) ->
     assert model.reference is None
     with pytest.raises(ValueError, match=r"reference: none leaves objective.kl_coef nothing to compare with"):
         module(folder, reference="none", objective=Objective(kl_coef=0.1))
+
+
+def test_lora_trains_on_a_tied_model_computed_in_fp32(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    tied = module(str(TINY), lora=LoRA(rank=2), dtype="bfloat16", objective=Objective(kl_coef=0.1))
+    trainer = fit(tied, tmp_path, steps=2)
+    assert trainer.global_step == 2
 
 
 def test_lora_needs_no_delta(folder, tmp_path: Path) -> None:  # noqa: F811

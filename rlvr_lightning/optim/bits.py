@@ -6,8 +6,8 @@ An fp32 number's upper 16 bits are a bf16 number. Rounded to nearest (exact ties
 
 so the bf16 weight that the model computes with, and a signed 16-bit remainder, hold the fp32 master exactly. IEEE's
 rule for ties (to even) would need a 17th bit: u = (high << 16) +- 0x8000 would both have the same even `high`.
-Infinities and the NaNs that arithmetic makes keep their class in `high`; a NaN whose payload is all ones above bit 15
-shows as -0.0 there, and is whole again when joined.
+Infinities and the NaNs that a CPU's arithmetic makes keep their class in `high`. NVIDIA's makes the NaN 0x7FFFFFFF,
+which rounding up would turn into -0.0: on a GPU NaNs become 0x7FC00000 first.
 """
 
 from __future__ import annotations
@@ -60,14 +60,21 @@ def round_into(high: Tensor, bits: Tensor) -> None:
         high: bfloat16, written to.
         bits: int32, the bits of the numbers; overwritten.
     """
+    _plain_nans(bits)
     high.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
+
+
+def _plain_nans(bits: Tensor) -> None:
+    """Give every NaN the payload that survives rounding."""
+    if bits.is_cuda:
+        bits.masked_fill_(bits.view(torch.float32).isnan(), 0x7FC00000)
 
 
 def dice(start: int, count: int, key: int, device: torch.device) -> Tensor:
     """Numbers in [0, 65535], as int32, for `count` entries from position `start` on; on a CPU until the next call.
 
     Each depends on the position and the key alone (a multiplicative hash, then murmur3's 32-bit finalizer), so that
-    neither chunks, shards nor the order of updates change what is drawn, and no generator has a state to keep.
+    neither chunks nor the order of updates change what is drawn, and no generator has a state to keep.
 
     Args:
         start: position of the first entry in its tensor.
@@ -100,4 +107,5 @@ def round_by_dice_into(high: Tensor, bits: Tensor, throw: Tensor) -> None:
         bits: int32, the bits of fp32 numbers; overwritten.
         throw: int32 in [0, 65535].
     """
+    _plain_nans(bits)
     high.view(torch.int16).copy_(bits.add_(throw).bitwise_right_shift_(16))

@@ -15,6 +15,7 @@ Then the gradients never exist all at once, which spares as many bytes as the we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -78,6 +79,7 @@ class ReleasedUpdate:
         self._trim_bytes = max(4 << 20, sum(p.nbytes for p in parameters) // TRIMS)
         self._on_grad: Callable[[Tensor], None] | None = None
         self._squares: dict[Tensor, Tensor] = {}
+        self._finite = True
         self._handles: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(self._hook) for p in parameters]
 
     def close(self) -> None:
@@ -103,14 +105,14 @@ class ReleasedUpdate:
             backward: `backward(loss, retain_graph=...)` runs the pass.
 
         Returns:
-            The global norm of the gradient. If it is not finite, nothing was updated (`delayed`: from the first tensor
-            on whose gradient is not finite).
+            The global norm of the gradient. If it is not finite, nothing was updated; with `delayed`, or without
+            clipping, nothing from the first tensor on whose gradient is not finite (the last layers come first).
         """
         known = self._last_norm() if self.release.clip == "delayed" else 0.0
         if self.max_norm and not known:
             self._run(self._measure, loss, backward, retain_graph=True)
             norm = self._norm()
-            if norm != norm or norm == float("inf"):
+            if not math.isfinite(norm):
                 return norm
             self.optimizer.grad_scale = clip_factor(norm, self.max_norm / self.parts)
             self._run(self._apply, loss, backward)
@@ -118,6 +120,8 @@ class ReleasedUpdate:
             self.optimizer.grad_scale = clip_factor(known, self.max_norm / self.parts)
             self._run(self._apply_guarded, loss, backward)
             norm = self._norm()
+            if not math.isfinite(norm):
+                return norm
         for group in self.optimizer.param_groups:
             group["last_norm"] = norm
         return norm
@@ -125,13 +129,13 @@ class ReleasedUpdate:
     def _last_norm(self) -> float:
         """Kept in the optimizer's groups, so that checkpoints hold it."""
         norm = float(self.optimizer.param_groups[0].get("last_norm", 0.0))
-        return norm if norm == norm and norm != float("inf") else 0.0
+        return norm if math.isfinite(norm) else 0.0
 
     def _run(
         self, on_grad: Callable[[Tensor], None], loss: Tensor, backward: Backward, retain_graph: bool = False
     ) -> None:
         self._on_grad = on_grad
-        self._squares = {} if on_grad != self._apply else self._squares
+        self._squares, self._finite = ({} if on_grad != self._apply else self._squares), True
         try:
             backward(loss, retain_graph=retain_graph)
         finally:
@@ -153,7 +157,8 @@ class ReleasedUpdate:
         """Update, and measure for the next step; a tensor alone may not exceed the norm that all are allowed."""
         self._measure(parameter)
         norm = float(self._squares[parameter].sqrt())
-        if norm != norm or norm == float("inf"):
+        self._finite &= math.isfinite(norm)
+        if not self._finite:
             return
         step_factor = self.optimizer.grad_scale
         self.optimizer.grad_scale = min(step_factor, clip_factor(norm, self.max_norm / self.parts))

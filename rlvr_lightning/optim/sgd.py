@@ -34,6 +34,7 @@ from rlvr_lightning.delta import TensorDelta
 from rlvr_lightning.optim.update import Storage, update
 from rlvr_lightning.seeds import derive_seed
 
+Listener = Callable[[Tensor, TensorDelta | Tensor], None]
 Master = Literal["split", "fp32", "none"]
 Rounding = Literal["nearest", "stochastic"]
 
@@ -41,8 +42,8 @@ Rounding = Literal["nearest", "stochastic"]
 class SGD(Optimizer):
     """w <- w - lr * gradient, with fp32 precision in as few bytes as it takes.
 
-    Every step counts how many entries' bits changed (`changed_entries`), and tells `listeners` which, and what they
-    were, at no extra pass over memory.
+    Every step counts how many entries' bits changed (`changed_entries`), and tells who listens (`listen`)
+    which, and what they were, at no extra pass over memory.
 
     Args:
         params: parameters or groups, as for any torch optimizer; contiguous, dense gradients.
@@ -87,14 +88,20 @@ class SGD(Optimizer):
         self.master, self.rounding, self.low_on_host, self.seed = master, rounding, low_on_host, seed
         self.grad_scale = 1.0
         """Multiplies gradients in the next step: norm clipping without a pass over them."""
-        self.listeners: list[Callable[[Tensor, TensorDelta], None]] = []
-        """Called with each parameter that changed and the way back to what it was."""
+        self._listeners: list[tuple[Listener, Callable[[Tensor], bool]]] = []
         self._begin_hooks: dict[int, Callable[[], None]] = OrderedDict()
         self.changed_entries: dict[Tensor, Tensor] = {}
         """Of the last step that is over: parameter -> int64 scalar, entries whose bits changed."""
-        self._changing: dict[Tensor, Tensor] = {}
+        self._changing: dict[Tensor, tuple[int, Tensor]] = {}
         super().__init__(params, {"lr": lr, "steps": 0})
-        self._refuse_unfit()
+
+    def listen(self, listener: Listener, wants: Callable[[Tensor], bool] = lambda parameter: True) -> None:
+        """Call `listener(parameter, undo)` after each update of a parameter for which `wants(parameter)` is true.
+
+        `undo` is the way back to what the parameter was: the entries that changed, with their old values, or, if they
+        are many, all of its old values in a flat tensor.
+        """
+        self._listeners.append((listener, wants))
 
     def register_begin_hook(self, hook: Callable[[], None]) -> RemovableHandle:
         """Call `hook()` before the first update of each step.
@@ -106,10 +113,26 @@ class SGD(Optimizer):
         self._begin_hooks[handle.id] = hook
         return handle
 
-    def _refuse_unfit(self) -> None:
-        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; ValueError if one is not contiguous, or is float16 and has a master."""
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
             if not _local(p).is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous; make it so before training")
+            if p.dtype == torch.float16 and self.master != "none":
+                raise ValueError(f"master: {self.master} is for bfloat16 parameters, got float16; use bfloat16")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: settings and state, without those who listen."""
+        kept = ("master", "rounding", "low_on_host", "seed", "grad_scale")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take on a copied or a loaded state; those who listen to this one stay."""
+        fresh = {"_listeners": [], "_begin_hooks": OrderedDict(), "changed_entries": {}, "_changing": {}}
+        for name, value in fresh.items():
+            self.__dict__.setdefault(name, value)
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -124,9 +147,12 @@ class SGD(Optimizer):
         for p in chain.from_iterable(group["params"] for group in self.param_groups):
             if p.grad is not None:
                 self.update_parameter(p)
+        if not self._changing:
+            self._begin()
         for group in self.param_groups:
             group["steps"] += 1
-        self.changed_entries, self._changing = self._changing, {}
+        self.changed_entries = {p: changed for p, (_, changed) in self._changing.items()}
+        self._changing = {}
         return loss
 
     @torch.no_grad()
@@ -137,20 +163,24 @@ class SGD(Optimizer):
             ValueError: the gradient is sparse, or the parameter is not one of this optimizer's.
         """
         if not self._changing:
-            for hook in list(self._begin_hooks.values()):
-                hook()
+            self._begin()
         group, position = self._find(parameter)
         grad = cast(Tensor, parameter.grad)
         if grad.is_sparse:
             raise ValueError("SGD needs dense gradients; set sparse=False on the embedding")
-        storage = self._storage(parameter, derive_seed(self.seed, group["steps"], position) & 0xFFFFFFFF)
+        times, before = self._changing.get(parameter, (0, None))  # more than once, if micro-batches are applied singly
+        key = derive_seed(self.seed, group["steps"], position, times) & 0xFFFFFFFF
+        listeners = [listener for listener, wants in self._listeners if wants(parameter)]
         flat = _local(grad).reshape(-1)
-        changed, undo = update(storage, flat, group["lr"] * self.grad_scale, emit=bool(self.listeners))
-        before = self._changing.get(parameter)
-        self._changing[parameter] = changed if before is None else before + changed
+        changed, undo = update(self._storage(parameter, key), flat, group["lr"] * self.grad_scale, emit=bool(listeners))
+        self._changing[parameter] = (times + 1, changed if before is None else before + changed)
         if undo is not None:
-            for listener in self.listeners:
+            for listener in listeners:
                 listener(parameter, undo)
+
+    def _begin(self) -> None:
+        for hook in list(self._begin_hooks.values()):
+            hook()
 
     def _find(self, parameter: Tensor) -> tuple[dict[str, Any], int]:
         """The parameter's group as it is now (loading a state replaces groups), and its position among all."""
@@ -207,7 +237,11 @@ class SGD(Optimizer):
             raise ValueError(f"the saved optimizer state holds {name!r}, which master: {self.master} does not use")
         if value.shape != _local(parameter).shape:
             raise ValueError(f"the saved {name!r} has shape {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
-        mine = self._new_low(_local(parameter)) if name == "low" else torch.empty_like(parameter, dtype=torch.float32)
+        mine = (
+            self._new_low(_local(parameter))
+            if name == "low"
+            else torch.empty_like(_local(parameter), dtype=torch.float32)
+        )
         self.state[parameter][name] = mine.copy_(value)
 
 

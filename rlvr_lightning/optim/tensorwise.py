@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlvr_lightning.delta import TensorDelta
-from rlvr_lightning.optim.sgd import SGD
+from rlvr_lightning.optim.sgd import SGD, Listener
+from rlvr_lightning.optim.update import DENSE
 
-Listener = Callable[[Tensor, TensorDelta], None]
 
-
-def on_change(optimizer: Optimizer, listener: Listener) -> None:
-    """Call `listener(parameter, undo)` for every parameter after it was updated, `undo` leading back to its old values.
+def on_change(optimizer: Optimizer, listener: Listener, wants: Callable[[Tensor], bool]) -> None:
+    """Call `listener(parameter, undo)` after each update of a wanted parameter; see `SGD.listen`.
 
     Our SGD emits this by itself. Any other optimizer is made to step one tensor at a time, which gives the same bits
     for all optimizers whose update of a tensor looks at no other tensor.
@@ -27,7 +26,7 @@ def on_change(optimizer: Optimizer, listener: Listener) -> None:
         ValueError: an optimizer not of `torch.optim`, of which that is not known.
     """
     if isinstance(optimizer, SGD):
-        optimizer.listeners.append(listener)
+        optimizer.listen(listener, wants)
         return
     if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
@@ -40,20 +39,22 @@ def on_change(optimizer: Optimizer, listener: Listener) -> None:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _step_each(self, listener)
+        _step_each(self, listener, wants)
         return loss
 
     hooked = Optimizer.profile_hook_step(step)  # the optimizer's own hooks run once a step, as before
     optimizer.step = MethodType(hooked, optimizer)  # type: ignore[method-assign]
 
 
-def _step_each(optimizer: Optimizer, listener: Listener) -> None:
+def _step_each(optimizer: Optimizer, listener: Listener, wants: Callable[[Tensor], bool]) -> None:
     twin = copy.copy(optimizer)  # shares the state, has no hooks
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            before = parameter.detach().clone()
+            before = parameter.detach().clone() if wants(parameter) else None
             twin.param_groups = [{**group, "params": [parameter]}]
             type(optimizer).step(twin)
-            listener(parameter, TensorDelta.between(parameter, before))
+            if before is not None:
+                undo = TensorDelta.between(parameter, before)
+                listener(parameter, undo if undo.density <= DENSE else before.view(-1))

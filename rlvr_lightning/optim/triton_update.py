@@ -5,6 +5,8 @@ The plain version is the definition; this one must give the same bits. It needs 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -42,16 +44,15 @@ def _step(  # type: ignore[no-untyped-def]  # noqa: PLR0913 (a kernel has no obj
     else:
         w = bits.to(tl.float32, bitcast=True)
     w = tl.math.fma(g, -step_size, w)  # torch fuses, too
-    bits = w.to(tl.int32, bitcast=True)
+    bits = tl.where(w != w, 0x7FC00000, w.to(tl.int32, bitcast=True))  # see `bits`: 0x7FFFFFFF would round to -0.0
     if MODE == 0:
         tl.store(low + at, bits.to(tl.int16), mask=inside)
     if MODE == 1:
         tl.store(master + at, w, mask=inside)
     if MODE == 3:  # DICE
         high = (bits + _hash(start + at, key)) >> 16
-    elif MODE == 2:  # NEAREST, ties to even as torch rounds; its NaN is 0x7FC0
+    elif MODE == 2:  # NEAREST, ties to even as torch rounds
         high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        high = tl.where(w != w, 0x7FC0, high)
     else:  # ties away from zero: the low half is the remainder
         high = (bits + 0x8000) >> 16
     new = high.to(tl.int16)
@@ -97,22 +98,13 @@ def fused_chunk(
     old_values = torch.empty(room, dtype=torch.int16, device=device)
     mode = SPLIT if low is not None else MASTER if master is not None else NEAREST if key is None else DICE
     nothing = changed  # a pointer that is never used
-    _step[(triton.cdiv(n, BLOCK),)](
-        weight.view(torch.int16),
-        nothing if low is None else low,
-        nothing if master is None else master,
-        grad,
-        changed,
-        indices,
-        old_values,
-        step_size,
-        start,
-        key or 0,
-        n,
-        MODE=mode,
-        EMIT=emit,
-        SIZE=BLOCK,
-    )
+    halves = (nothing if low is None else low, nothing if master is None else master)
+    numbers = (step_size, start, key or 0, n)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # triton launches on the current one
+        _step[(triton.cdiv(n, BLOCK),)](
+            weight.view(torch.int16), *halves, grad, changed, indices, old_values, *numbers,
+            MODE=mode, EMIT=emit, SIZE=BLOCK,
+        )  # fmt: skip
     if not emit:
         return changed, None, None
     count = int(changed)

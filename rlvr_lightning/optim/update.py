@@ -20,6 +20,9 @@ from rlvr_lightning.optim.bits import dice, join, round_by_dice_into, round_into
 CHUNK_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 24}
 """On a CPU a chunk and its temporaries stay in the cache; on a GPU they are small beside any model."""
 
+DENSE = 0.2
+"""A tensor of which a larger share changes in one step is emitted whole: entries take three times as much each."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -88,7 +91,9 @@ def chunks(at: Storage, grad: Tensor) -> Iterator[tuple[int, Storage, Tensor]]:
         yield start, Storage(at.weight[part], low, master, at.key), grad[part]
 
 
-def update(at: Storage, grad: Tensor, step_size: float, emit: bool = False) -> tuple[Tensor, TensorDelta | None]:
+def update(
+    at: Storage, grad: Tensor, step_size: float, emit: bool = False
+) -> tuple[Tensor, TensorDelta | Tensor | None]:
     """Step a whole tensor in place.
 
     Args:
@@ -98,21 +103,49 @@ def update(at: Storage, grad: Tensor, step_size: float, emit: bool = False) -> t
         emit: also say what changed.
 
     Returns:
-        int64 scalar, on the weight's device: entries whose bits changed; and the way back: the changed entries with the
-        values they had (None unless `emit`).
+        int64 scalar, on the weight's device: entries whose bits changed; and the way back (None unless `emit`): the
+        changed entries with the values they had or, where more than `DENSE` of the entries changed, all old values.
     """
     changed = torch.zeros((), dtype=torch.int64, device=at.weight.device)
-    index_dtype = torch.int32 if len(grad) < 1 << 31 else torch.int64
-    indices, values = [], []
+    found = _Found(at.weight) if emit else None
     for start, chunk, part in chunks(at, grad):
+        if found is not None and found.dense is not None:  # `found` has a copy of what is still to come
+            changed += _step(chunk, part, step_size, start, emit=False)[0]
+            continue
         count, where, old = _step(chunk, part, step_size, start, emit)
         changed += count
-        if where is not None and old is not None:
-            values.append(old)
-            indices.append((where + start).to(index_dtype))
-    if not emit or not indices:
-        return changed, _nothing(at.weight, index_dtype) if emit else None
-    return changed, TensorDelta(torch.cat(indices), torch.cat(values), len(grad))
+        if found is not None and where is not None and old is not None:
+            found.add(where + start, old)
+    return changed, None if found is None else found.undo()
+
+
+class _Found:
+    """Changed entries of a tensor as its chunks are stepped; all of its old values as soon as that is less."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.index_dtype = torch.int32 if len(weight) < 1 << 31 else torch.int64
+        self.indices = [torch.empty(0, dtype=self.index_dtype, device=weight.device)]
+        self.values = [weight[:0].clone()]
+        self.count = 0
+        self.dense: Tensor | None = None
+
+    def add(self, where: Tensor, old: Tensor) -> None:
+        """Positions in the tensor, ascending from call to call, and what was there."""
+        self.indices.append(where.to(self.index_dtype))
+        self.values.append(old)
+        self.count += len(where)
+        if self.count > DENSE * len(self.weight):
+            self.dense = self.weight.clone()
+            for indices, values in zip(self.indices, self.values, strict=True):
+                self.dense[indices.long()] = values
+            self.indices, self.values = [], []
+
+    def undo(self) -> TensorDelta | Tensor:
+        """The way back."""
+        if self.dense is not None:
+            return self.dense
+        return TensorDelta(torch.cat(self.indices), torch.cat(self.values), len(self.weight))
 
 
 def _step(
@@ -127,7 +160,7 @@ def _step(
     low = None if at.low is None else at.low.to(at.weight.device, non_blocking=True)
     result = fused(at.weight, low, at.master, at.key, grad, step_size, start, emit)
     if at.low is not None and low is not None and low is not at.low:
-        at.low.copy_(low, non_blocking=True)
+        at.low.copy_(low)
     return result
 
 
@@ -139,7 +172,3 @@ def _fused() -> Any:
     except ImportError:
         return None
     return fused_chunk
-
-
-def _nothing(weight: Tensor, index_dtype: torch.dtype) -> TensorDelta:
-    return TensorDelta(torch.empty(0, dtype=index_dtype, device=weight.device), weight[:0].clone(), len(weight))

@@ -39,6 +39,11 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
         self._norms = []
         if self.released:
+            if parts > 1 and self.released.release.accumulation == "whole":
+                raise ValueError(
+                    f"gradient_release.accumulation: whole needs one micro-batch per optimizer step, got {parts}; "
+                    "raise batching.micro_batch or set gradient_release.accumulation: each"
+                )
             self.released.parts = parts
             give_back()
 
@@ -49,6 +54,11 @@ class Updates:
         else:
             self.run_backward(loss)
 
+    def close(self) -> None:
+        """Leave the parameters alone again."""
+        if self.released:
+            self.released.close()
+
     def finish(self, step: Callable[[], object]) -> dict[str, float]:
         """Clip and step.
 
@@ -57,7 +67,8 @@ class Updates:
 
         Returns:
             `grad_norm` of the whole step before clipping (with released micro-batches, the root of the sum of their
-            squares), or `nonfinite`, 1, if it was not finite and the weights were left alone.
+            squares), or `nonfinite`, 1, if it was not finite and the weights were left alone (with released gradients,
+            what had been applied before the first that is not finite stays).
         """
         if self.released:
             norm = math.hypot(*self._norms)

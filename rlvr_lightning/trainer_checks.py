@@ -1,0 +1,48 @@
+"""Settings of the trainer and the data that do not go with those of the algorithm, found before training."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+
+from rlvr_lightning.experience import Batching
+from rlvr_lightning.optim.release import GradientRelease
+
+
+def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
+    """Raise ValueError for processes and precisions that would train something else than they seem to.
+
+    Args:
+        trainer: whose settings are checked.
+        stored: dtype of the weights.
+    """
+    if trainer.world_size > 1:
+        raise ValueError(f"trainer: GRPO trains in one process so far, not in {trainer.world_size}; set devices: 1")
+    precision = trainer.precision
+    if precision == "16-mixed":
+        raise ValueError(
+            "trainer.precision: 16-mixed scales the loss, and clipping would see scaled gradients; use bf16-mixed"
+        )
+    if precision == "bf16-mixed" and stored != torch.float32:
+        raise ValueError("trainer.precision: bf16-mixed is for float32 weights; with dtype: bfloat16 leave it out")
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(f"trainer.precision: {precision} is not supported; leave it out and set model.dtype")
+
+
+def check_batches(prompts: int, group: int, batching: Batching, release: GradientRelease | None, ranks: int) -> None:
+    """Raise ValueError where a batch does not divide into minibatches, or a released step has several micro-batches.
+
+    Args:
+        prompts: in a batch, over all processes.
+        group: completions per prompt.
+        batching: sizes.
+        release: how gradients are released, if they are.
+        ranks: processes.
+    """
+    if prompts % (batching.minibatches * ranks):
+        raise ValueError(
+            f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
+            f"({batching.minibatches}) times the number of processes ({ranks})"
+        )
+    if release:
+        release.check(prompts // batching.minibatches // ranks * group, batching.micro_batch)
