@@ -129,7 +129,12 @@ class SGD(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take on a copied or a loaded state; those who listen to this one stay."""
-        fresh = {"_listeners": [], "_begin_hooks": OrderedDict(), "changed_entries": {}, "_changing": {}}
+        fresh: dict[str, Any] = {
+            "_listeners": [],
+            "_begin_hooks": OrderedDict(),
+            "changed_entries": {},
+            "_changing": {},
+        }
         for name, value in fresh.items():
             self.__dict__.setdefault(name, value)
         super().__setstate__(state)
