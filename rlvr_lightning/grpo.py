@@ -48,7 +48,7 @@ from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import Rollouts, Sampling
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
-from rlvr_lightning.trainer_checks import check_batches, check_trainer
+from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,10 +119,9 @@ class GRPO(DeltaCheckpoints):
         super().__init__()
         self.automatic_optimization = False
         check_settings(group_size, batching, sampling, rewards, reward_weights)
-        if reference == "none" and objective.kl_coef > 0:
-            raise ValueError(
-                "reference: none leaves objective.kl_coef nothing to compare with; set it to 0, or keep one"
-            )
+        check_reference(reference, objective.kl_coef)
+        follows = reference == "delta" and objective.kl_coef > 0 and not lora and dtype == "bfloat16"
+        check_optimizer(optimizer, gradient_release, follows)
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
@@ -390,6 +389,8 @@ class GRPO(DeltaCheckpoints):
             "update/grad_norm": totals.get("grad_norm", 0.0) / steps,
             "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
         }
+        values |= {"update/changed_entries": totals["changed"]} if "changed" in totals else {}
+        values |= {"memory/reference_bytes": float(self.reference.nbytes)} if self.reference else {}
         names = {"ratio_mean": "ratio", "clip_frac": "clipped", "entropy": "entropy", "rollout_kl": "rollout_kl"}
         if totals["tokens"]:
             values |= {f"policy/{name}": totals[key] / totals["tokens"] for name, key in names.items()}

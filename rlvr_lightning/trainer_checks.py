@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from lightning.pytorch import Trainer
+from torch.optim import Optimizer
 
 from rlvr_lightning.experience import Batching
-from rlvr_lightning.optim.release import GradientRelease
+from rlvr_lightning.optim.release import GradientRelease, ReleasedUpdate
+from rlvr_lightning.optim.tensorwise import on_change
 
 
 def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
@@ -27,6 +31,27 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
         raise ValueError("trainer.precision: bf16-mixed is for float32 weights; with dtype: bfloat16 leave it out")
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"trainer.precision: {precision} is not supported; leave it out and set model.dtype")
+
+
+def check_reference(kind: str, kl_coef: float) -> None:
+    """Raise ValueError for a KL term without a reference."""
+    if kind == "none" and kl_coef > 0:
+        raise ValueError("reference: none leaves objective.kl_coef nothing to compare with; set it to 0, or keep one")
+
+
+def check_optimizer(make: Callable[..., Optimizer], release: GradientRelease | None, follow: bool) -> None:
+    """Raise ValueError for an optimizer that cannot do what is asked of it; it is made once, for a single number.
+
+    Args:
+        make: makes the optimizer of a list of parameters.
+        release: how gradients are to be released, if they are.
+        follow: whether a reference has to hear of what each step changes.
+    """
+    optimizer = make([torch.nn.Parameter(torch.zeros(1))])
+    if release:
+        ReleasedUpdate(optimizer, release, max_norm=0.0).close()
+    if follow:
+        on_change(optimizer, lambda parameter, undo: None, lambda parameter: True)
 
 
 def check_batches(prompts: int, group: int, batching: Batching, release: GradientRelease | None, ranks: int) -> None:

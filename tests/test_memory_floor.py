@@ -131,7 +131,7 @@ def test_a_released_gradient_that_is_not_finite(clip: str, max_norm: float) -> N
     if clip == "delayed":  # the norm before is known
         sgd.param_groups[0]["last_norm"] = 1.0
     updates.backward(((hidden * 1.0 * bad) * first * 1.0).sum() + (bad * math.inf).sum())
-    assert updates.finish(sgd.step) == {"nonfinite": 1.0}
+    assert updates.finish(sgd.step)["nonfinite"] == 1
     assert float(bad) == 1.0
     if clip == "two_pass" and max_norm:
         assert float(first) == float(last) == 1.0

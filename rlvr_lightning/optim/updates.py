@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim.clip import clip_factor, grad_norm, scale_gradients
 from rlvr_lightning.optim.release import Backward, GradientRelease, ReleasedUpdate
+from rlvr_lightning.optim.sgd import SGD
 
 
 class Updates:
@@ -68,7 +69,8 @@ class Updates:
         Returns:
             `grad_norm` of the whole step before clipping (with released micro-batches, the root of the sum of their
             squares), or `nonfinite`, 1, if it was not finite and the weights were left alone (with released gradients,
-            what had been applied before the first that is not finite stays).
+            what had been applied before the first that is not finite stays). From our SGD also `changed`, the number of
+            entries whose bits changed.
         """
         if self.released:
             norm = math.hypot(*self._norms)
@@ -80,4 +82,7 @@ class Updates:
             else:  # one bad batch must not end in NaN weights
                 self.optimizer.zero_grad(set_to_none=True)
         step()  # without any gradient a no-op that keeps the count of steps
-        return {"grad_norm": norm} if math.isfinite(norm) else {"nonfinite": 1.0}
+        metrics = {"grad_norm": norm} if math.isfinite(norm) else {"nonfinite": 1.0}
+        if isinstance(self.optimizer, SGD):
+            metrics["changed"] = self.optimizer.total_changed()
+        return metrics
