@@ -26,8 +26,9 @@ BLOCK_ENTRIES = 1 << 20
 def compute_in(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """Make a model compute in `dtype`, whatever its weights are stored in.
 
-    Linear and embedding layers cast block by block. Any other module with weights of its own (norms, convolutions,
-    fused experts) has them cast whole while it runs, and autograd keeps that cast until the backward pass.
+    Linear and embedding layers cast block by block; a tied embedding, cast or not, adds its part of the gradient in
+    place. Any other module with weights of its own (norms, convolutions, fused experts) has them cast whole while it
+    runs, and autograd keeps that cast until the backward pass.
 
     Args:
         model: changed in place; parameters stay what and where they are.
@@ -42,9 +43,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> list[str]:
         own = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
         if not own:
             continue
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.dtype != dtype:
             module.forward = partial(_linear, module, dtype)  # type: ignore[method-assign]
-        elif type(module) is nn.Embedding:
+        elif type(module) is nn.Embedding and (module.weight.dtype != dtype or uses[module.weight] > 1):
             tied = _TiedRows(module.weight) if uses[module.weight] > 1 and module.weight.requires_grad else None
             module.forward = partial(_embed, module, dtype, tied)  # type: ignore[method-assign]
         elif any(p.dtype != dtype for p in own.values()):

@@ -167,8 +167,6 @@ class Policy(nn.Module):
         stored = next(self.model.parameters()).dtype
         slow_here = stored.itemsize == 2 and device.type == "cpu"
         wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if slow_here else stored
-        if wanted == stored:
-            return
         for name in compute_in(self.model, wanted):
             log.warning("%s is kept in %s between the forward and the backward pass", name, wanted)
 
