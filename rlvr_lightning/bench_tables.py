@@ -36,13 +36,14 @@ def rollout_rows(record: dict[str, Any]) -> Iterator[list[str]]:
 def trl_rows(record: dict[str, Any]) -> Iterator[list[str]]:
     """Of a record of `profiling/bench_trl.py`."""
     ours, trl, ratio = record["median"]["ours"], record["median"]["trl"], record["ratio"]
+    model = f"{record['model']}, prompts of {record['plan']['prompt_tokens']:.0f} tokens"
     parts = {"step_s": "a step", "generate_s": "of it generating", "train_s": "of it forward and backward"}
     for key, label in parts.items():
         if key in ours and key in trl:
-            what = f"seconds, {label}, against TRL, {record['model']}"
+            what = f"seconds, {label}, against TRL, {model}"
             yield [what, f"{ours[key]:.2f}", f"{trl[key]:.2f}", f"{ours[key] / trl[key]:.2f}", shown(record)]
     peaks = [gib(side["peak_bytes"]) for side in (ours, trl)]
-    what = f"GiB, peak of the process, against TRL, {record['model']}"
+    what = f"GiB, peak of the process, against TRL, {model}"
     yield [what, *peaks, f"{ratio['peak_bytes']:.2f}", shown(record)]
 
 
