@@ -94,6 +94,20 @@ def test_bytes_a_parameter(master, state_bytes: int) -> None:
     assert optimizer_state_bytes(optimizer) == state_bytes * 3 * 35
 
 
+def test_low_halves_on_the_host_change_nothing() -> None:
+    start, gradients = trajectory(20)
+    here, there = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizers = SGD(here, lr=0.3), SGD(there, lr=0.3, low_on_host=True)
+    for grads in gradients:
+        for a, b, g in zip(here, there, grads, strict=True):
+            a.grad = b.grad = g
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+        assert optimizers[1].state[b]["low"].device.type == "cpu"
+
+
 def test_fp32_weights_are_plain_sgd_without_state() -> None:
     mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 35).view(7, 5)) for _ in range(2))
     ours, plain = SGD([mine], lr=0.1), torch.optim.SGD([theirs], lr=0.1)
