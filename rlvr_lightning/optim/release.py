@@ -6,8 +6,8 @@ Then the gradients never exist all at once, which spares as many bytes as the we
   to sum squares, dropping each gradient, and once to apply (the idea of LOMO, arXiv 2306.09782). It is exact: the same
   bits as ordinary clipping, for one more backward pass. `delayed` clips by the norm of the step before, and each
   tensor by its own norm as well, so that a sudden large gradient cannot move any tensor by more than `lr * max_norm`;
-  it goes backward once, and is not exact. `two_pass` is the default because an unclipped step can destroy a model; where
-  norms change slowly `delayed` learns the same in less time (`results/tiny_modes`, `results/bench_memory_cpu.json`).
+  it goes backward once, and is not exact. `two_pass` is the default because an unclipped step can destroy a model;
+  where norms change slowly `delayed` learns the same in less time (`results/tiny_modes`, `bench_memory_cpu.json`).
 - **Micro-batches.** A sum over micro-batches needs somewhere to be kept, which is what release does away with. So
   `accumulation: whole` takes one micro-batch per optimizer step and is exact; `each` applies every micro-batch at once,
   a sequence of smaller steps on weights that have moved, each clipped to its share of `max_norm`.
