@@ -139,7 +139,7 @@ def test_the_digest_sees_names_types_shapes_and_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_model_is_fetched_and_knows_some_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_model_is_fetched_and_knows_some_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLVR_CACHE", str(tmp_path))
     folder = smollm2.smollm2_folder()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,6 +147,8 @@ def test_the_real_model_is_fetched_and_knows_some_arithmetic(tmp_path: Path, mon
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.num_parameters() == 134_515_008
-    ids = tokenizer("2 + 2 = 4\n3 + 1 = 4\n1 + 2 = 3\n2 + 3 =", return_tensors="pt").input_ids
-    text = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :])
-    assert text.split("\n")[0].strip() == "5"
+    facts = {"The capital of France is": " Paris", "The quick brown fox jumps over the lazy": " dog"}
+    for prompt, expected in (facts | {"One, two, three, four,": " five, six"}).items():
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :])
+        assert text.startswith(expected)
