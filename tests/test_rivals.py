@@ -1,4 +1,4 @@
-"""Other people's low-memory optimizers run from a config's optimizer block, and their state is counted."""
+"""Other people's low-memory optimizers train here, and their state is counted."""
 
 from __future__ import annotations
 

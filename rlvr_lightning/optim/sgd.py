@@ -26,11 +26,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rlvr_lightning.delta import TensorDelta
+from rlvr_lightning.delta_tensor import local
 from rlvr_lightning.optim.update import Storage, update
 from rlvr_lightning.seeds import derive_seed
 
@@ -122,7 +122,7 @@ class SGD(Optimizer):
         """Add parameters; ValueError if one is not contiguous, or is float16 and has a master."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if not _local(p).is_contiguous():
+            if not local(p).is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous; make it so before training")
             if p.dtype == torch.float16 and self.master != "none":
                 raise ValueError(f"master: {self.master} is for bfloat16 parameters, got float16; use bfloat16")
@@ -181,7 +181,7 @@ class SGD(Optimizer):
         times, before = self._changing.get(parameter, (0, None))  # more than once, if micro-batches are applied singly
         key = derive_seed(self.seed, group["steps"], position, times) & 0xFFFFFFFF
         listeners = [listener for listener, wants in self._listeners if wants(parameter)]
-        flat = _local(grad).reshape(-1)
+        flat = local(grad).reshape(-1)
         changed, undo = update(self._storage(parameter, key), flat, group["lr"] * self.grad_scale, emit=bool(listeners))
         self._changing[parameter] = (times + 1, changed if before is None else before + changed)
         if undo is not None:
@@ -203,19 +203,19 @@ class SGD(Optimizer):
         raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not one of this optimizer's")
 
     def _storage(self, parameter: Tensor, key: int = 0) -> Storage:
-        weight = _local(parameter).view(-1)
+        weight = local(parameter).view(-1)
         if weight.dtype != torch.bfloat16:
             return Storage(weight)
         state = self.state[parameter]
         if self.master == "split":
             if "low" not in state:
-                state["low"] = self._new_low(_local(parameter))
+                state["low"] = self._new_low(local(parameter))
             elif self.low_on_host and state["low"].device != self._low_device(weight):
-                state["low"] = self._new_low(_local(parameter)).copy_(state["low"])  # trainers move states to the GPU
+                state["low"] = self._new_low(local(parameter)).copy_(state["low"])  # trainers move states to the GPU
             return Storage(weight, low=state["low"].view(-1))
         if self.master == "fp32":
             if "master" not in state:
-                state["master"] = _local(parameter).float()
+                state["master"] = local(parameter).float()
             return Storage(weight, master=state["master"].view(-1))
         return Storage(weight, key=key if self.rounding == "stochastic" else None)
 
@@ -245,16 +245,11 @@ class SGD(Optimizer):
         expected = {"split": "low", "fp32": "master"}.get(self.master)
         if name != expected or parameter.dtype != torch.bfloat16:
             raise ValueError(f"the saved optimizer state holds {name!r}, which master: {self.master} does not use")
-        if value.shape != _local(parameter).shape:
+        if value.shape != local(parameter).shape:
             raise ValueError(f"the saved {name!r} has shape {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
         mine = (
-            self._new_low(_local(parameter))
+            self._new_low(local(parameter))
             if name == "low"
-            else torch.empty_like(_local(parameter), dtype=torch.float32)
+            else torch.empty_like(local(parameter), dtype=torch.float32)
         )
         self.state[parameter][name] = mine.copy_(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

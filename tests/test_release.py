@@ -1,8 +1,7 @@
-"""Gradient release, the reference as a delta and computing in another dtype: each against what it replaces."""
+"""Gradients released in the backward pass: against gradients that are kept, counted, and what cannot work."""
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 from functools import partial
@@ -11,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_rollouts, tiny_causal_lm
 from lightning.pytorch.callbacks import ModelCheckpoint
+from precision_modes import MODES, WHOLE, same
 from test_grpo import Constant, Recorder, fit, folder, module, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning import compute, heap
@@ -20,27 +19,10 @@ from rlvr_lightning.callbacks import UpdateSparsity
 from rlvr_lightning.compute import compute_in
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.optim import SGD, GradientRelease, tensorwise, update
+from rlvr_lightning.optim import SGD, GradientRelease, update
 from rlvr_lightning.optim.updates import Updates
-from rlvr_lightning.policy import TINY, LoRA, Policy
 from rlvr_lightning.profiling.allocations import AllocationCounter
-from rlvr_lightning.reference import Reference
 from rlvr_lightning.trainer_checks import check_trainer
-
-WHOLE = Batching(micro_batch=24)
-MODES = {
-    "split": partial(SGD, lr=0.5),
-    "fp32": partial(SGD, lr=0.5, master="fp32"),
-    "nearest": partial(SGD, lr=0.5, master="none"),
-    "stochastic": partial(SGD, lr=0.5, master="none", rounding="stochastic"),
-}
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
-
-
-# ---- gradient release ----
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -124,9 +106,6 @@ def test_a_released_gradient_that_is_not_finite(clip: str, max_norm: float) -> N
     sgd = SGD([last, bad, first], lr=0.1)
     updates = released(sgd, max_norm, clip=clip)
     hidden = last * 1.0
-    order = []
-    for name, p in (("last", last), ("bad", bad), ("first", first)):
-        p.register_hook(lambda g, name=name: order.append(name))
     updates.begin(1)
     if clip == "delayed":  # the norm before is known
         sgd.param_groups[0]["last_norm"] = 1.0
@@ -224,16 +203,6 @@ def test_at_most_two_tensors_of_gradients_are_alive(tied: bool, monkeypatch) -> 
     assert 1 < peaks[True] <= (2.1 if tied else 1.1)  # the tied one waits for its second part; and chunks
 
 
-def test_a_tied_table_without_its_output_layer_still_gets_its_gradient() -> None:
-    table, head = torch.nn.Embedding(11, 5), torch.nn.Linear(5, 11, bias=False)
-    head.weight = table.weight
-    model = torch.nn.ModuleList([table, head]).to(torch.bfloat16)
-    compute_in(model, torch.float32)
-    for times in (1, 2):
-        (3 * table(torch.tensor([1, 4, 1]))).sum().backward()
-        assert table.weight.grad[:, 0].tolist() == [0, 6.0 * times, 0, 0, 3.0 * times, *[0] * 6]
-
-
 def test_resuming_a_released_run_continues_bit_for_bit(folder, tmp_path: Path) -> None:  # noqa: F811
     settings = {
         "dtype": "bfloat16",
@@ -261,209 +230,3 @@ def test_update_sparsity_sees_released_updates(folder, tmp_path: Path) -> None: 
         trainer = fit(model, tmp_path, steps=1, callbacks=[UpdateSparsity(every_n_steps=1)])
         fractions.append(float(trainer.callback_metrics["update/changed_frac/bf16"]))
     assert fractions[0] == fractions[1] > 0
-
-
-# ---- the reference ----
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        *MODES.values(),
-        partial(torch.optim.SGD, lr=0.5, momentum=0.9),
-        partial(torch.optim.AdamW, lr=1e-4),
-        partial(torch.optim.RMSprop, lr=1e-4),
-    ],
-)
-@pytest.mark.parametrize("max_density", [1.0, 0.05])
-def test_delta_reference_equals_a_copy_bit_for_bit(folder, tmp_path, monkeypatch, optimizer, max_density) -> None:  # noqa: F811
-    """Log-probs at every step, and what is learnt, with deltas kept as they are or turned into copies on the way."""
-    for emitter in (update, tensorwise):
-        monkeypatch.setattr(emitter, "DENSE", max_density)
-
-    class Observed(Recorder):
-        def configure_model(self) -> None:
-            super().configure_model()
-            self.reference.max_density = max_density
-
-    trained = []
-    for kind in ("delta", "copy"):
-        model = Observed(
-            folder,
-            module(folder).scorer.rewards,
-            optimizer,
-            group_size=4,
-            dtype="bfloat16",
-            reference=kind,
-            objective=Objective(kl_coef=0.1),
-            activation_checkpointing=True,
-        )
-        fit(model, tmp_path, steps=4)
-        trained.append(model)
-    delta, copied = trained
-    for a, b in zip(delta.seen, copied.seen, strict=True):
-        assert torch.equal(a.ref_logprobs, b.ref_logprobs)
-    assert same(delta, copied)
-    as_deltas = [p for p, kept in delta.reference._kept.items() if not isinstance(kept, torch.Tensor)]
-    assert bool(as_deltas) == (max_density == 1.0) or 0 < len(as_deltas) < len(delta.reference._kept)
-    fresh = module(folder, dtype="bfloat16")
-    fresh.configure_model()
-    for p, start in zip(delta.policy.parameters(), weights(fresh), strict=True):
-        assert torch.equal(delta.reference.start(p), start)
-
-
-def test_optimizers_stepped_tensor_by_tensor_learn_the_same_bits(folder, tmp_path: Path) -> None:  # noqa: F811
-    for optimizer in (partial(torch.optim.AdamW, lr=1e-3), partial(torch.optim.SGD, lr=0.5, momentum=0.9)):
-        settings = {"dtype": "bfloat16", "optimizer": optimizer, "objective": Objective(kl_coef=0.1), "warmup_steps": 2}
-        steps = []
-        trained = []
-        for kind in ("delta", "copy"):
-            model = module(folder, reference=kind, **settings)
-            trainer = fit(model, tmp_path, steps=3, callbacks=[UpdateSparsity(every_n_steps=1)])
-            steps.append((trainer.global_step, float(trainer.callback_metrics["update/changed_frac/bf16"])))
-            trained.append(model)
-        assert same(*trained)
-        assert steps[0] == steps[1]
-
-
-def test_the_policys_weights_come_back_under_exceptions() -> None:
-    policy = Policy(tiny_causal_lm("qwen3").to(torch.bfloat16))
-    reference = Reference(policy, max_density=0.5)
-    parameters = list(policy.parameters())
-    sgd = SGD(parameters, lr=0.05)
-    reference.listen(sgd)
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    sgd.step()
-    before = [p.detach().clone() for p in parameters]
-    with pytest.raises(KeyboardInterrupt), reference.in_place():
-        assert any(not torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
-        raise KeyboardInterrupt
-    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
-    assert 0 < reference.nbytes < 6 * sum(p.numel() for p in parameters)
-
-
-@pytest.mark.parametrize("cast", [False, True])
-def test_tied_embeddings_have_one_delta_and_the_same_logprobs(cast: bool) -> None:
-    policy = Policy(tiny_causal_lm("qwen3", tie_word_embeddings=True).to(torch.bfloat16))
-    start = copy.deepcopy(policy)
-    if cast:
-        for p in (policy, start):
-            compute_in(p.model, torch.float32)
-    reference, rollouts = Reference(policy, max_density=1.0), random_rollouts()
-    sgd = SGD(policy.parameters(), lr=0.05)
-    reference.listen(sgd)
-    for _ in range(3):
-        policy(rollouts).logprobs.sum().backward()
-        sgd.step()
-        sgd.zero_grad()
-        with torch.no_grad():
-            assert torch.equal(reference.logprobs(rollouts), start(rollouts).logprobs)
-            assert not torch.equal(policy(rollouts).logprobs, start(rollouts).logprobs)
-    assert len(reference._kept) == len(list(policy.parameters()))
-
-
-def test_a_dense_delta_becomes_a_copy_once_and_says_so(caplog) -> None:
-    policy = Policy(tiny_causal_lm("qwen3").to(torch.bfloat16))
-    reference = Reference(policy)
-    parameters = list(policy.parameters())
-    sgd = SGD(parameters, lr=1.0)
-    reference.listen(sgd)
-    for _ in range(2):
-        for p in parameters:
-            p.grad = torch.randn_like(p)
-        sgd.step()
-    assert reference.nbytes == sum(p.nbytes for p in parameters)
-    assert [r.getMessage().split(":")[0] for r in caplog.records if "reference" in r.getMessage()] == ["reference"]
-    assert not reference.follows_changes
-
-
-def test_without_a_kl_term_there_is_no_reference_and_none_refuses_one(folder) -> None:  # noqa: F811
-    model = module(folder, reference="delta")
-    model.configure_model()
-    assert model.reference is None
-    with pytest.raises(ValueError, match=r"reference: none leaves objective.kl_coef nothing to compare with"):
-        module(folder, reference="none", objective=Objective(kl_coef=0.1))
-
-
-def test_lora_trains_on_a_tied_model_computed_in_fp32(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    tied = module(str(TINY), lora=LoRA(rank=2), dtype="bfloat16", objective=Objective(kl_coef=0.1))
-    trainer = fit(tied, tmp_path, steps=2)
-    assert trainer.global_step == 2
-
-
-def test_lora_needs_no_delta(folder, tmp_path: Path) -> None:  # noqa: F811
-    pytest.importorskip("peft")
-    model = module(folder, lora=LoRA(rank=2), dtype="bfloat16", objective=Objective(kl_coef=0.1))
-    fit(model, tmp_path, steps=2)
-    assert model.reference.nbytes == 0
-    rollouts = random_rollouts(prompt_lengths=(5, 3), group=2)
-    fresh = module(folder, dtype="bfloat16")
-    fresh.configure_model()
-    with torch.no_grad():
-        assert torch.equal(model.reference.logprobs(rollouts), fresh.policy(rollouts).logprobs)
-
-
-# ---- computing in another dtype ----
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_bf16_weights_computed_in_fp32_equal_fp32_weights(kind: str, tied: bool) -> None:
-    stored = tiny_causal_lm(kind, tie_word_embeddings=tied).to(torch.bfloat16)
-    exact = copy.deepcopy(stored).float()
-    compute_in(stored, torch.float32)
-    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
-    rollouts = random_rollouts(prompt_lengths=(5, 1, 9), group=3)
-    got, want = Policy(stored)(rollouts), Policy(exact)(rollouts)
-    torch.testing.assert_close(got.logprobs, want.logprobs, atol=2e-5, rtol=1e-5)
-    ours = torch.autograd.grad(got.logprobs.sum() + 0.3 * got.entropy.sum(), list(stored.parameters()))
-    theirs = torch.autograd.grad(want.logprobs.sum() + 0.3 * want.entropy.sum(), list(exact.parameters()))
-    for a, b in zip(ours, theirs, strict=True):
-        a = a.to_dense()
-        assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a.float(), b, atol=2e-3 * float(b.abs().max()), rtol=2**-7)
-
-
-def test_no_second_copy_of_the_model_is_kept_for_the_backward_pass() -> None:
-    """Bytes that autograd keeps: the same for bf16 weights cast layer by layer as for fp32 weights used as they are."""
-    kept = {}
-    for cast in (False, True):
-        model = tiny_causal_lm("qwen3").to(torch.bfloat16 if cast else torch.float32)
-        if cast:
-            compute_in(model, torch.float32)
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen: dict[int, int] = {}
-
-        def pack(x, own=own, seen=seen):
-            if x.untyped_storage().data_ptr() not in own:
-                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = Policy(model)(random_rollouts(prompt_lengths=(5,), group=2))
-        kept[cast] = sum(seen.values())
-        del out
-    weights_bytes = 4 * sum(p.numel() for p in model.parameters())
-    assert kept[True] - kept[False] < 0.1 * weights_bytes
-
-
-def test_what_inference_mode_computed_does_not_hinder_training(monkeypatch) -> None:
-    monkeypatch.setattr(heap, "_buffers", threading.local())
-    model = tiny_causal_lm("qwen3").to(torch.bfloat16)
-    compute_in(model, torch.float32)
-    rollouts = random_rollouts()
-    with torch.inference_mode():
-        Policy(model)(rollouts)
-    Policy(model)(rollouts).logprobs.sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_large_matrices_are_cast_in_blocks(monkeypatch) -> None:
-    linear = torch.nn.Linear(7, 50, bias=True).to(torch.bfloat16)
-    whole = torch.nn.functional.linear(torch.ones(3, 7), linear.weight.float(), linear.bias.float())
-    monkeypatch.setattr(compute, "BLOCK_ENTRIES", 21)
-    assert [s.start for s in compute.blocks(linear.weight)] == list(range(0, 50, 3))
-    compute_in(linear, torch.float32)
-    torch.testing.assert_close(linear(torch.ones(3, 7)), whole)
