@@ -21,7 +21,7 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from rlvr_lightning.checkpoint import DeltaCheckpointIO
-from rlvr_lightning.checkpoint_file import metadata_of
+from rlvr_lightning.checkpoint.file import metadata_of
 from rlvr_lightning.cli import cli_class, quieten
 from rlvr_lightning.configuration import find_config
 

@@ -28,9 +28,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from rlvr_lightning import delta_codec
 from rlvr_lightning.delta import SparseDelta, TensorDelta, digest_state
-from rlvr_lightning.delta_file import load_delta, save_delta
+from rlvr_lightning.delta import codec as delta_codec
+from rlvr_lightning.delta.file import load_delta, save_delta
 from rlvr_lightning.profiling.delta_entropy import bounds
 
 RECIPE_LR = 0.03

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from rlvr_lightning.delta import SparseDelta
-from rlvr_lightning.delta_codec import exponents_of, ordered
-from rlvr_lightning.delta_file import signed
-from rlvr_lightning.delta_tensor import bits, flat_bits
+from rlvr_lightning.delta.codec import exponents_of, ordered
+from rlvr_lightning.delta.file import signed
+from rlvr_lightning.delta.tensor import bits, flat_bits
 
 
 def binary_entropy_bits(share: float) -> float:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlvr_lightning.delta_file import DeltaFile, Stored, load_delta
-from rlvr_lightning.delta_folder import Progress, apply_to_folder, diff_folders, find_tensors
+from rlvr_lightning.delta.file import DeltaFile, Stored, load_delta
+from rlvr_lightning.delta.folder import Progress, apply_to_folder, diff_folders, find_tensors
 
 
 def main(argv: list[str]) -> int:

@@ -22,11 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rlvr_lightning.checkpoint_file import metadata_of
-from rlvr_lightning.checkpoint_restore import restore_
-from rlvr_lightning.checkpoint_state import Reader
-from rlvr_lightning.delta_digest import digest_state
-from rlvr_lightning.delta_tensor import describe
+from rlvr_lightning.checkpoint.file import metadata_of
+from rlvr_lightning.checkpoint.restore import restore_
+from rlvr_lightning.checkpoint.state import Reader
+from rlvr_lightning.delta.digest import digest_state
+from rlvr_lightning.delta.tensor import describe
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer
 
 SHARD = "5GB"

@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_grpo import fit, module
 
 from rlvr_lightning.checkpoint import DeltaCheckpointIO
-from rlvr_lightning.checkpoint_state import Reader
-from rlvr_lightning.delta_digest import digest_state
+from rlvr_lightning.checkpoint.state import Reader
+from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.export import kept_steps
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD

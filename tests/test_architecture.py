@@ -16,11 +16,8 @@ FILES = sorted(
 # Lower rooms know nothing of higher ones.
 FLOORS = [
     {"schema", "seeds", "configuration", "heap"},
-    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute"}
-    | {"delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"},
-    {"experience", "policy", "data", "rollout", "scoring", "reference", "trainer_checks"}
-    | {"checkpoint", "checkpoint_start", "checkpoint_state", "checkpoint_file", "checkpoint_codec", "checkpoint_rest"}
-    | {"checkpoint_restore"},
+    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
+    {"experience", "policy", "data", "rollout", "scoring", "reference", "trainer_checks", "checkpoint"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {
@@ -37,7 +34,7 @@ FLOORS = [
     },
 ]
 PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
-PURE += ["delta", "delta_tensor", "delta_digest", "delta_codec", "delta_file", "delta_writer", "delta_folder"]
+PURE += [f"delta/{name}" for name in ("sparse", "tensor", "digest", "codec", "file", "writer", "folder")]
 
 
 def room(path: Path) -> str:

@@ -17,9 +17,9 @@ from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.checkpoint import DeltaCheckpointIO
-from rlvr_lightning.checkpoint_file import metadata_of
-from rlvr_lightning.checkpoint_restore import restore_
-from rlvr_lightning.checkpoint_state import Reader
+from rlvr_lightning.checkpoint.file import metadata_of
+from rlvr_lightning.checkpoint.restore import restore_
+from rlvr_lightning.checkpoint.state import Reader
 from rlvr_lightning.data.arithmetic import ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.experience import Batching

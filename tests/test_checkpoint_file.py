@@ -22,15 +22,16 @@ from safetensors import safe_open
 from test_checkpoint import saving
 from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 
-from rlvr_lightning import checkpoint_file, checkpoint_state
-from rlvr_lightning.checkpoint import DeltaCheckpointIO, SinceStart
-from rlvr_lightning.checkpoint_codec import pack, unpack
-from rlvr_lightning.checkpoint_file import Container, Writer, metadata_of, sweep
-from rlvr_lightning.checkpoint_rest import to_bytes
-from rlvr_lightning.checkpoint_restore import restore_
-from rlvr_lightning.checkpoint_start import Start
-from rlvr_lightning.checkpoint_state import Reader, StoredState
-from rlvr_lightning.delta_digest import digest_state
+from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, SinceStart
+from rlvr_lightning.checkpoint import file as checkpoint_file
+from rlvr_lightning.checkpoint import state as checkpoint_state
+from rlvr_lightning.checkpoint.codec import pack, unpack
+from rlvr_lightning.checkpoint.file import Container, Writer, metadata_of, sweep
+from rlvr_lightning.checkpoint.rest import to_bytes
+from rlvr_lightning.checkpoint.restore import restore_
+from rlvr_lightning.checkpoint.start import Start
+from rlvr_lightning.checkpoint.state import Reader, StoredState
+from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim import SGD
 from rlvr_lightning.policy import Policy

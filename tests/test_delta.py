@@ -7,8 +7,8 @@ from delta_strategies import chain, densities, dtypes, ints, random_bits, seeds,
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from rlvr_lightning import delta_tensor
 from rlvr_lightning.delta import SparseDelta, TensorDelta, digest_state
+from rlvr_lightning.delta import tensor as delta_tensor
 
 tensors = given(seed=seeds, shape=shapes, dtype=dtypes, density=densities)
 quick = settings(max_examples=60, deadline=None)

@@ -13,10 +13,11 @@ from delta_strategies import chain, ints
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlvr_lightning import delta_codec, delta_folder
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.delta import SparseDelta, digest_state
-from rlvr_lightning.delta_file import load_delta, save_delta
+from rlvr_lightning.delta import codec as delta_codec
+from rlvr_lightning.delta import folder as delta_folder
+from rlvr_lightning.delta.file import load_delta, save_delta
 
 SHAPES = {"a": (13, 7), "b": (5,), "c": (), "d": (0, 3), "e": (101, 3), "model.norm.weight": (9,)}
 
@@ -61,8 +62,8 @@ def delta(*arguments: object) -> int:
 
 @pytest.fixture
 def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("delta_file", "delta_folder", "delta_codec"):
-        monkeypatch.setattr(f"rlvr_lightning.{module}.SEGMENT", 16)
+    for module in ("file", "folder", "codec"):
+        monkeypatch.setattr(f"rlvr_lightning.delta.{module}.SEGMENT", 16)
 
 
 @pytest.mark.parametrize("shards", [(1, 1), (1, 3), (2, 1), (3, 2)])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from rlvr_lightning import delta_codec, delta_file
 from rlvr_lightning.delta import SparseDelta, TensorDelta, digest_state
-from rlvr_lightning.delta_codec import decode, encode, from_varints, to_varints
-from rlvr_lightning.delta_file import load_delta, save_delta
+from rlvr_lightning.delta import codec as delta_codec
+from rlvr_lightning.delta import file as delta_file
+from rlvr_lightning.delta.codec import decode, encode, from_varints, to_varints
+from rlvr_lightning.delta.file import load_delta, save_delta
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -139,7 +140,7 @@ def test_other_versions_and_other_files(tmp_path: Path, monkeypatch: pytest.Monk
 
     a, b = pair(5)
     with monkeypatch.context() as patched:
-        patched.setattr("rlvr_lightning.delta_writer.VERSION", "2")
+        patched.setattr("rlvr_lightning.delta.writer.VERSION", "2")
         save_delta(tmp_path / "x", SparseDelta.capture(a, b), a)
     with pytest.raises(ValueError, match="has version '2', this program reads '1'"):
         load_delta(tmp_path / "x")

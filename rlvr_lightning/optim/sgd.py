@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rlvr_lightning.delta import TensorDelta
-from rlvr_lightning.delta_tensor import local
+from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.optim.update import Storage, update
 from rlvr_lightning.seeds import derive_seed
 

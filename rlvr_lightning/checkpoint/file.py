@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rlvr_lightning.delta_writer import canonical, sync_folder
+from rlvr_lightning.delta.writer import canonical, sync_folder
 
 FORMAT, VERSION = "rlvr_lightning.checkpoint", "1"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

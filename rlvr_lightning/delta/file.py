@@ -1,6 +1,6 @@
 """Deltas on disk: one safetensors file, checked as a whole before anything of it is used, written all or not at all.
 
-Every tensor of the model is a uint8 tensor of the same name: its segments (see `delta_codec`), one after the other.
+Every tensor of the model is a uint8 tensor of the same name: its segments (see `delta/codec.py`), one after the other.
 The metadata hold `format`, `version`, `tensors` (JSON: name to dtype, shape, changed entries, entries stored raw),
 `aliases` (JSON), `base_digest`, `result_digest`, `needs_base`, and `checksum`: SHA-256 of the header with an empty
 checksum, followed by the SHA-256 of the rest. The header is padded with spaces.
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlvr_lightning.delta import SparseDelta, check_digest, check_state
-from rlvr_lightning.delta_codec import HEAD, SEGMENT, SIGNED, decode, encode, length
-from rlvr_lightning.delta_digest import combine, digest_state, tensor_digest
-from rlvr_lightning.delta_tensor import TensorDelta, bits, flat_bits, index_dtype, local
-from rlvr_lightning.delta_writer import FORMAT, VERSION, DeltaWriter, canonical
+from rlvr_lightning.delta.codec import HEAD, SEGMENT, SIGNED, decode, encode, length
+from rlvr_lightning.delta.digest import combine, digest_state, tensor_digest
+from rlvr_lightning.delta.sparse import SparseDelta, check_digest, check_state
+from rlvr_lightning.delta.tensor import TensorDelta, bits, flat_bits, index_dtype, local
+from rlvr_lightning.delta.writer import FORMAT, VERSION, DeltaWriter, canonical
 
 _CHUNK_BYTES = 1 << 22
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlvr_lightning.checkpoint_start import Start, base_digest, first_names
-from rlvr_lightning.checkpoint_state import Reader
-from rlvr_lightning.delta_file import signed
-from rlvr_lightning.delta_tensor import describe, flat_bits
+from rlvr_lightning.checkpoint.start import Start, base_digest, first_names
+from rlvr_lightning.checkpoint.state import Reader
+from rlvr_lightning.delta.file import signed
+from rlvr_lightning.delta.tensor import describe, flat_bits
 from rlvr_lightning.heap import give_back
 from rlvr_lightning.reference import Reference
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from rlvr_lightning.delta_digest import digest_state, ties
-from rlvr_lightning.delta_tensor import TensorDelta, describe, flat_bits, local
+from rlvr_lightning.delta.digest import digest_state, ties
+from rlvr_lightning.delta.tensor import TensorDelta, describe, flat_bits, local
 
 __all__ = ["SparseDelta", "TensorDelta", "digest_state"]
 

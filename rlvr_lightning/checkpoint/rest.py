@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr_lightning.checkpoint_state import Reader
+from rlvr_lightning.checkpoint.state import Reader
 
 Record = dict[str, Any]
 

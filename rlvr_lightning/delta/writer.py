@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlvr_lightning.delta_codec import RAW, SEGMENT
+from rlvr_lightning.delta.codec import RAW, SEGMENT
 
 FORMAT, VERSION = "rlvr_lightning.delta", "1"
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

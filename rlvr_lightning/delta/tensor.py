@@ -195,12 +195,23 @@ def positions_cpu(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     found, share = [np.empty(0, dtype)], 0.0
     for start in range(0, len(before), CPU_CHUNK):
         x, y = before[start : start + CPU_CHUNK], after[start : start + CPU_CHUNK]
-        hits = _sparse_hits(x, y) if share < SPARSE else np.flatnonzero(x != y)
+        hits = _sparse_hits(x, y) if share < SPARSE else _dense_hits(x, y)
         share = len(hits) / len(x)
         if len(hits):
             hits += start
             found.append(hits.astype(dtype))
     return np.concatenate(found)
+
+
+def _dense_hits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As `_sparse_hits`, looking for the differing among 8 entries at a time after all have been compared."""
+    differ = x != y
+    if len(x) % 8:
+        return np.flatnonzero(differ)
+    eights = differ.view(np.int64)
+    some = np.flatnonzero(eights != 0)
+    inside = np.flatnonzero(eights[some].view(np.bool_))
+    return (some[inside >> 3] << 3) + (inside & 7)
 
 
 def _sparse_hits(x: np.ndarray, y: np.ndarray) -> np.ndarray:

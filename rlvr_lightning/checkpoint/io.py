@@ -4,11 +4,11 @@ In the YAML, with Lightning's stock `ModelCheckpoint` and this project's `SaveOn
 
     trainer: {plugins: rlvr_lightning.checkpoint.DeltaCheckpointIO}
 
-A checkpoint is one safetensors file (`checkpoint_file`) with
+A checkpoint is one safetensors file (`checkpoint/file.py`) with
 
     weights/NAME               16-bit weights: which entries differ from the start, and by how many units in the last
-                               place (`delta_codec`); float32 weights and adapters: whole (`checkpoint_codec`)
-    optimizer/I/PARAMETER/KEY  tensors of the optimizers' state, whole (`checkpoint_codec`)
+                               place (`delta/codec.py`); float32 weights and adapters: whole (`checkpoint/codec.py`)
+    optimizer/I/PARAMETER/KEY  tensors of the optimizers' state, whole (`checkpoint/codec.py`)
     rest                       everything else of Lightning's checkpoint, which `torch.load(weights_only=True)` reads
 
 and metadata: `about` (step, model, dtype, LoRA, digest of the start), `entries` (coding, dtype, shape), `aliases` (tied
@@ -34,12 +34,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.checkpoint_file import Writer, metadata_of, sweep
-from rlvr_lightning.checkpoint_rest import from_bytes, lift_state, to_bytes
-from rlvr_lightning.checkpoint_restore import restore_
-from rlvr_lightning.checkpoint_start import Start, about_model, first_names
-from rlvr_lightning.checkpoint_state import DELTA, WHOLE, Reader, StoredState, StoredWeights, delta_blobs, whole_blobs
-from rlvr_lightning.delta_codec import SEGMENT, UNCHANGED
+from rlvr_lightning.checkpoint.file import Writer, metadata_of, sweep
+from rlvr_lightning.checkpoint.rest import from_bytes, lift_state, to_bytes
+from rlvr_lightning.checkpoint.restore import restore_
+from rlvr_lightning.checkpoint.start import Start, about_model, first_names
+from rlvr_lightning.checkpoint.state import DELTA, WHOLE, Reader, StoredState, StoredWeights, delta_blobs, whole_blobs
+from rlvr_lightning.delta.codec import SEGMENT, UNCHANGED
 from rlvr_lightning.reference import Reference
 
 Record = dict[str, Any]

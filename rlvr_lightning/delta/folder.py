@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rlvr_lightning.delta_codec import SEGMENT, SIGNED, decode, encode
-from rlvr_lightning.delta_digest import Hash, combine, tensor_hash
-from rlvr_lightning.delta_file import DeltaFile
-from rlvr_lightning.delta_tensor import positions_cpu
-from rlvr_lightning.delta_writer import DeltaWriter, sync_folder
+from rlvr_lightning.delta.codec import SEGMENT, SIGNED, decode, encode
+from rlvr_lightning.delta.digest import Hash, combine, tensor_hash
+from rlvr_lightning.delta.file import DeltaFile
+from rlvr_lightning.delta.tensor import positions_cpu
+from rlvr_lightning.delta.writer import DeltaWriter, sync_folder
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlvr_lightning.checkpoint_codec import pack, unpack
-from rlvr_lightning.checkpoint_file import Container
-from rlvr_lightning.delta_codec import SEGMENT, decode, encode
-from rlvr_lightning.delta_file import signed
-from rlvr_lightning.delta_tensor import flat_bits
+from rlvr_lightning.checkpoint.codec import pack, unpack
+from rlvr_lightning.checkpoint.file import Container
+from rlvr_lightning.delta.codec import SEGMENT, decode, encode
+from rlvr_lightning.delta.file import signed
+from rlvr_lightning.delta.tensor import flat_bits
 from rlvr_lightning.heap import give_back
 
 DELTA, WHOLE = "delta", "whole"
@@ -48,7 +48,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
 
 
 def delta_blobs(base: Tensor, now: Tensor) -> Iterator[tuple[bytes, int]]:
-    """Segments (see `delta_codec`) of what changed, and how many entries did."""
+    """Segments (see `delta/codec.py`) of what changed, and how many entries did."""
     old, new = signed(flat_bits(base)), signed(flat_bits(now))
 
     def segment(first: int) -> tuple[bytes, int]:
@@ -60,7 +60,7 @@ def delta_blobs(base: Tensor, now: Tensor) -> Iterator[tuple[bytes, int]]:
 
 
 def whole_blobs(tensor: Tensor) -> Iterator[bytes]:
-    """Segments of a tensor as it is (see `checkpoint_codec`)."""
+    """Segments of a tensor as it is (see `checkpoint/codec.py`)."""
     flat = signed(flat_bits(tensor))
     return in_order(lambda first: pack(flat[first : first + SEGMENT]), range(0, len(flat), SEGMENT))
 

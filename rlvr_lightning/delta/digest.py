@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlvr_lightning.delta_tensor import local
+from rlvr_lightning.delta.tensor import local
 
 CHUNK_BYTES = 1 << 26
 

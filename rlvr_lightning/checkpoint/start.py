@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.delta_digest import digest_state, ties
-from rlvr_lightning.delta_tensor import flat_bits
+from rlvr_lightning.delta.digest import digest_state, ties
+from rlvr_lightning.delta.tensor import flat_bits
 from rlvr_lightning.reference import Reference
 
 
