@@ -22,11 +22,11 @@ from safetensors import safe_open
 from test_checkpoint import saving
 from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 
-from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, SinceStart
 from rlvr_lightning.checkpoint import file as checkpoint_file
 from rlvr_lightning.checkpoint import state as checkpoint_state
 from rlvr_lightning.checkpoint.codec import pack, unpack
 from rlvr_lightning.checkpoint.file import Container, Writer, metadata_of, sweep
+from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, SinceStart
 from rlvr_lightning.checkpoint.rest import to_bytes
 from rlvr_lightning.checkpoint.restore import restore_
 from rlvr_lightning.checkpoint.start import Start
