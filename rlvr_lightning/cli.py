@@ -64,31 +64,27 @@ class RLVRCLI(LightningCLI):
     run_name = "run"
 
     def __init__(self, argv: list[str]) -> None:
-        program, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns when both are given
-        try:
-            super().__init__(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,  # the optimizer is an argument of the module
-                load_from_checkpoint_support=False,
-                save_config_callback=SaveConfigCallback,
-                trainer_defaults={
-                    "accelerator": "auto",
-                    "devices": 1,
-                    "log_every_n_steps": 1,
-                    "num_sanity_val_steps": 0,
-                    "enable_model_summary": False,
-                    "use_distributed_sampler": False,  # prompts are split by the module
-                },
-                parser_class=Parser,
-                parser_kwargs={"parser_mode": "omegaconf+"},
-                args=argv,
-            )
-        finally:
-            sys.argv = program
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # the optimizer is an argument of the module
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfigCallback,
+            trainer_defaults={
+                "accelerator": "auto",
+                "devices": 1,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,  # prompts are split by the module
+            },
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=argv,
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that are on by default, each with its settings in the YAML."""
@@ -165,6 +161,7 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for text in (
         ".*does not have many workers.*",
+        ".*LightningCLI's args parameter is intended.*",  # sys.argv is left for processes that Lightning starts
         ".*GPU available but not used.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",

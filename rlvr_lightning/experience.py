@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.schema import Rollouts, Sampling
 
 
@@ -72,16 +73,24 @@ class Experience:
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
         )
 
-    def minibatches(self, count: int, seed: int) -> Iterator[Experience]:
-        """Split the prompts, shuffled, into `count` equal parts (into one: as it is)."""
-        prompts = len(self.rollouts.prompt_ids)
+    def minibatches(self, count: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Experience]:
+        """Split the prompts of all ranks, shuffled, into `count` equal parts (into one: as it is).
+
+        Args:
+            count: divides the number of prompts on all ranks together.
+            seed: of the shuffling.
+            ranks: rank r of n holds prompts r, r + n, r + 2n, ... of the batch, the same number on each; a part has
+                what the rank holds of it, which may be none.
+        """
         if count == 1:
             yield self
             return
+        prompts = len(self.rollouts.prompt_ids) * ranks.size
         order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()
         size = prompts // count
         for start in range(0, size * count, size):
-            yield self.select(sorted(order[start : start + size]))
+            part = sorted(order[start : start + size])
+            yield self.select([p // ranks.size for p in part if p % ranks.size == ranks.rank])
 
     def micro_batches(self, size: int) -> Iterator[Experience]:
         """Cut into at most `size` completions; prompts of like length together, so that little is padded."""

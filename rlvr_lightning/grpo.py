@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -35,9 +33,11 @@ from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
 from rlvr_lightning.checkpoint import DeltaCheckpoints
+from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
+from rlvr_lightning.metrics import facts, score_metrics, summed, token_means
 from rlvr_lightning.optim.release import GradientRelease
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
@@ -45,9 +45,10 @@ from rlvr_lightning.reference import Reference
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
-from rlvr_lightning.schema import Rollouts, Sampling
+from rlvr_lightning.schema import Rollouts, Sampling, one_token
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
+from rlvr_lightning.strategy import Layout, prepare
 from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-class GRPO(DeltaCheckpoints):
+class GRPO(Evaluated, DeltaCheckpoints):
     """Train a causal LM on verifiable rewards.
 
     Args:
@@ -137,6 +138,7 @@ class GRPO(DeltaCheckpoints):
         self.engine: HFEngine = cast(HFEngine, None)
         self.updates: Updates = cast(Updates, None)  # made with the optimizer
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
+        self.layout = Layout()
         self.phase_listeners: list[Callable[[str], None]] = []
         self.last_samples: list[Record] = []
 
@@ -147,16 +149,14 @@ class GRPO(DeltaCheckpoints):
         if self.policy is not None:
             return
         model = self.load_model()
-        if self.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = Policy(self.lora.adapt(model) if self.lora else model)
-        self.policy.compute_in(self.compute_dtype, self._trainer.strategy.root_device if self._trainer else self.device)
+        self.layout = prepare(self.policy, self._trainer, self.compute_dtype, self.activation_checkpointing)
         if self.objective.kl_coef > 0:
             self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
         self.remember_start(self.reference)
-        stops = stop_token_ids(self.tokenizer, self.scorer.stop)
-        pad = self.tokenizer.pad_token_id
-        self.engine = HFEngine(self.policy.model, stops, pad, max_batch=self.batching.rollout_batch)
+        stops, pad = stop_token_ids(self.tokenizer, self.scorer.stop), self.tokenizer.pad_token_id
+        size, runner = self.batching.rollout_batch, self.layout.runner(self.policy)
+        self.engine = HFEngine(self.policy.model, stops, pad, max_batch=size, runner=runner)
 
     def load_model(self) -> PreTrainedModel:
         """The causal LM to train; a subclass may make one of its own."""
@@ -167,7 +167,8 @@ class GRPO(DeltaCheckpoints):
         optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         if self.updates is not None:  # of an earlier fit
             self.updates.close()
-        self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release)
+        shards = self.layout.shards
+        self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release, shards)
         if self.reference is not None:
             self.reference.listen(optimizer)
         scheduler = with_warmup(optimizer, self.make_scheduler, self.warmup_steps)
@@ -179,15 +180,14 @@ class GRPO(DeltaCheckpoints):
             return
         check_trainer(self.trainer, self.weights_dtype)
         if prompts := getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None):
-            ranks = self.trainer.world_size
-            check_batches(prompts, self.group_size, self.batching, self.gradient_release, ranks)
+            check_batches(prompts, self.group_size, self.batching, self.gradient_release, self.ranks.size)
 
     # ---- one training step ----
 
     def training_step(self, batch: list[Record], batch_idx: int) -> None:
         """Sample, score, learn."""
         started = time.perf_counter()
-        records = batch[self.global_rank :: self.trainer.world_size]
+        records = batch[self.ranks.rank :: self.ranks.size]
         rollouts, scores, seconds = self.rollout(records)
         self._log_scores(rollouts, scores)
         experience = self.judge(rollouts, scores, records)
@@ -209,7 +209,7 @@ class GRPO(DeltaCheckpoints):
         rollouts, scores, seconds = self._sample_and_score(records, round_=0)
         for round_ in range(1, self.handling.resample_rounds + 1):
             dull = (~has_signal(scores.total, self.group_size)).nonzero()[:, 0].tolist()
-            if not dull:
+            if not self.ranks.any(bool(dull)):
                 break
             again, rescored, more = self._sample_and_score([records[p] for p in dull], round_)
             scores = scores.with_replaced(rollouts.rows(dull), rescored)
@@ -225,11 +225,12 @@ class GRPO(DeltaCheckpoints):
         rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
         self._phase("reward")
         sampled = time.perf_counter()
-        scores = self.scorer(rollouts, records, self._failures_file())
-        if scores.failed > self.handling.max_failed_frac * len(scores.total):
+        scores = self.scorer(rollouts, records, self.failures_file)
+        failed, scored = self.ranks.sum(torch.tensor([scores.failed, len(scores.total)])).tolist()
+        if failed > self.handling.max_failed_frac * scored:
             raise ValueError(
-                f"rewards failed on {scores.failed} of {len(scores.total)} completions, more than "
-                f"handling.max_failed_frac={self.handling.max_failed_frac}; see {self._failures_file()}"
+                f"rewards failed on {failed} of {scored} completions, more than "
+                f"handling.max_failed_frac={self.handling.max_failed_frac}; see {self.failures_file}"
             )
         return rollouts, scores, {"time/rollout_s": sampled - started, "time/reward_s": time.perf_counter() - sampled}
 
@@ -253,26 +254,22 @@ class GRPO(DeltaCheckpoints):
     def _without_grad(self, logprobs: Callable[[Rollouts, float], Tensor], rollouts: Rollouts) -> Tensor:
         """[R, T] log-probs in micro-batches of whole prompts."""
         prompts = max(1, self.batching.micro_batch // self.group_size)
-        total = len(rollouts.prompt_ids)
+        total = len(rollouts.prompt_ids)  # the same on all ranks, and so the number of forward passes
         parts = [list(range(start, min(start + prompts, total))) for start in range(0, total, prompts)]
         with torch.no_grad():
             return torch.cat([logprobs(rollouts.select(part), self.sampling.temperature) for part in parts])
 
     def learn(self, experience: Experience) -> None:
         """All optimizer steps of one batch of rollouts."""
-        totals: dict[str, float] = {}
+        made = []
         for pass_ in range(self.batching.passes):
             shuffle = derive_seed(self.seed, self.rollout_step, "minibatches", pass_)
-            for minibatch in experience.minibatches(self.batching.minibatches, shuffle):
-                metrics = self.update(minibatch)
-                if not totals:
-                    self._check_fresh(metrics)
-                for name, value in metrics.items():
-                    totals[name] = totals.get(name, 0.0) + value
-        self._log_updates(totals)
+            for minibatch in experience.minibatches(self.batching.minibatches, shuffle, self.ranks):
+                made.append(self.update(minibatch))
+        self._log_updates(made)
 
     def update(self, minibatch: Experience) -> dict[str, float]:
-        """One optimizer step on a minibatch. Returns sums over the tokens that went through the model."""
+        """One optimizer step on a minibatch. Returns sums over this rank's tokens that went through the model."""
         counts = self._global_counts(minibatch.mask)
         needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
         live = has_signal(minibatch.advantages, self.group_size) | needs_all
@@ -280,10 +277,11 @@ class GRPO(DeltaCheckpoints):
         metrics = {"tokens": 0.0, "skipped": float((~live).sum()), "steps": 1.0}
         chosen = minibatch.select(live.nonzero()[:, 0].tolist()) if live.any() else None
         micros = list(chosen.micro_batches(self.batching.micro_batch)) if chosen else []
-        self.updates.begin(len(micros))
-        for micro in micros:
-            for name, value in self._forward_backward(micro, counts).items():
-                metrics[name] = metrics.get(name, 0.0) + value
+        parts = self.ranks.most(len(micros))
+        self.updates.begin(parts)
+        metrics = summed([metrics, *(self._forward_backward(micro, counts) for micro in micros)])
+        for _ in range(parts - len(micros)):
+            self._idle_pass()
         self._phase("optimizer")
         metrics |= self.updates.finish(cast(LightningOptimizer, self.optimizers()).step)
         if (scheduler := self.lr_schedulers()) is not None:
@@ -304,49 +302,18 @@ class GRPO(DeltaCheckpoints):
             ref_logprobs=micro.ref_logprobs,
         )
         self._phase("backward")
-        self.updates.backward(out.loss * self.trainer.world_size)  # ranks are averaged, the weights are global
+        self.updates.backward(out.loss * self.ranks.size)  # ranks are averaged, the weights are global
         metrics = {name: float(value) for name, value in out.metrics.items()}
         return metrics | {"tokens": float(micro.mask.sum()), "loss": float(out.loss.detach())}
 
+    def _idle_pass(self) -> None:
+        """A forward and a backward pass for nothing but the ranks that have more: layers are gathered by all."""
+        out = self.policy(one_token(cast(int, self.tokenizer.pad_token_id), self.device))
+        self.updates.backward(0.0 * out.logprobs.sum())
+
     def _global_counts(self, mask: Tensor) -> Counts:
-        local = torch.stack([mask.sum(), mask.any(1).sum()])
-        tokens, completions = self.trainer.strategy.reduce(local.float(), reduce_op="sum").long().tolist()
+        tokens, completions = self.ranks.sum(torch.stack([mask.sum(), mask.any(1).sum()])).tolist()
         return Counts(tokens=tokens, completions=completions, max_tokens=self.sampling.max_tokens)
-
-    # ---- validation ----
-
-    def validation_step(self, batch: list[Record], batch_idx: int) -> None:
-        """Greedy and sampled pass@1 of each benchmark in the batch."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: list[Record], batch_idx: int) -> None:
-        """As `validation_step`, on the test problems."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: list[Record], split: str) -> None:
-        records = batch[self.global_rank :: self.trainer.world_size]
-        prompts = [r["prompt_ids"] for r in records]
-        seeds = [derive_seed(self.seed, -1, r["index"], 0) for r in records]  # the same draws at every validation
-        modes = {"greedy_pass@1": (replace(self.sampling, temperature=0.0), 1)}
-        if self.val_samples:
-            modes["pass@1"] = (replace(self.sampling, temperature=1.0), self.val_samples)
-        verifier = next(iter(self.scorer.rewards))
-        # pass@1 of every benchmark, and of all problems together where there are several
-        benchmarks = list(
-            getattr(getattr(self.trainer, "datamodule", None), split, None) or {r["benchmark"] for r in records}
-        )
-        for mode, (sampling, group) in modes.items():
-            rollouts = self.engine.generate(prompts, group, sampling, seeds)
-            parts = self.scorer(rollouts, records, self._failures_file()).parts[verifier]
-            passed = (parts >= 1.0).float().view(len(records), group).mean(1)
-            rows_of = {name: [i for i, r in enumerate(records) if r["benchmark"] == name] for name in benchmarks}
-            if len(benchmarks) > 1:
-                rows_of["all"] = list(range(len(records)))
-            for benchmark, rows in rows_of.items():
-                if rows:
-                    name, mean = f"{split}/{benchmark}/{mode}", passed[rows].mean()
-                    show = mode == "pass@1" and benchmark == next(reversed(rows_of))
-                    self.log(name, mean, batch_size=len(rows), on_epoch=True, sync_dist=True, prog_bar=show)
 
     # ---- telling ----
 
@@ -354,46 +321,38 @@ class GRPO(DeltaCheckpoints):
         for listener in self.phase_listeners:
             listener(name)
 
-    def _failures_file(self) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "reward_failures.jsonl"
+    def _log_scores(self, rollouts: Rollouts, scores: Scores) -> None:
+        metrics = score_metrics(self.ranks.gather(facts(rollouts, scores, self.group_size)))
+        for name in ("reward/mean", "response/length_mean"):
+            self.log(name, metrics.pop(name), prog_bar=True)
+        self.log_dict(metrics)
 
-    def _check_fresh(self, metrics: dict[str, float]) -> None:
+    def _log_updates(self, made: list[dict[str, float]]) -> None:
+        """Of all optimizer steps of a batch, those of the first before any weight had moved."""
+        of_ranks = self.ranks.gather((summed(made), made[0]))
+        sums, fresh = (summed(parts) for parts in zip(*of_ranks, strict=True))
+        mine, steps = of_ranks[0][0], of_ranks[0][0]["steps"]  # norms and counts of changes are global already
+        values = {
+            "train/loss": sums.get("loss", 0.0) / steps,
+            "train/skipped_groups": sums["skipped"],
+            "train/nonfinite_steps": mine.get("nonfinite", 0.0),
+            "update/grad_norm": mine.get("grad_norm", 0.0) / steps,
+            "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
+        }
+        values |= {"update/changed_entries": mine["changed"]} if "changed" in mine else {}
+        if self.reference is not None:
+            nbytes = self.layout.shards.sum(torch.tensor(self.reference.nbytes))
+            values["memory/reference_bytes"] = float(nbytes)
+        values |= token_means(sums)
+        if "policy/kl" in values:
+            self.log("policy/kl", values.pop("policy/kl"), prog_bar=True)
+        if fresh["tokens"]:
+            values["policy/fresh_ratio_mean"] = self._check_fresh(fresh["ratio"] / fresh["tokens"])
+        self.log_dict(values)
+
+    def _check_fresh(self, ratio: float) -> float:
         """Before the first update the policy *is* the sampler: say so loudly when it is not."""
-        if not metrics["tokens"]:
-            return
-        ratio = metrics["ratio"] / metrics["tokens"]
-        self.log("policy/fresh_ratio_mean", ratio)
         truncated_sampling = self.sampling.top_p < 1 or self.sampling.top_k > 0
         if abs(ratio - 1) > 0.01 and not truncated_sampling:
             rank_zero_warn(f"policy/fresh_ratio_mean is {ratio:.4f}, not 1: the sampler's weights are not the policy's")
-
-    def _log_scores(self, rollouts: Rollouts, scores: Scores) -> None:
-        lengths = rollouts.lengths.float()
-        self.log("reward/mean", scores.total.mean(), prog_bar=True, sync_dist=True)
-        self.log("response/length_mean", lengths.mean(), prog_bar=True, sync_dist=True)
-        values = {f"reward/{name}": part.mean() for name, part in scores.parts.items()}
-        values |= {
-            "reward/std": scores.total.std(),
-            "reward/no_signal_frac": (~has_signal(scores.total, self.group_size)).float().mean(),
-            "reward/failed": torch.tensor(float(scores.failed)),
-            "response/truncated_frac": rollouts.truncated.float().mean(),
-        }
-        self.log_dict(values, sync_dist=True)
-
-    def _log_updates(self, totals: dict[str, float]) -> None:
-        steps = totals["steps"]
-        values = {
-            "train/loss": totals.get("loss", 0.0) / steps,
-            "train/skipped_groups": totals["skipped"],
-            "train/nonfinite_steps": totals.get("nonfinite", 0.0),
-            "update/grad_norm": totals.get("grad_norm", 0.0) / steps,
-            "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
-        }
-        values |= {"update/changed_entries": totals["changed"]} if "changed" in totals else {}
-        values |= {"memory/reference_bytes": float(self.reference.nbytes)} if self.reference else {}
-        names = {"ratio_mean": "ratio", "clip_frac": "clipped", "entropy": "entropy", "rollout_kl": "rollout_kl"}
-        if totals["tokens"]:
-            values |= {f"policy/{name}": totals[key] / totals["tokens"] for name, key in names.items()}
-            if "kl" in totals:
-                self.log("policy/kl", totals["kl"] / totals["tokens"], prog_bar=True, sync_dist=True)
-        self.log_dict(values, sync_dist=True)
+        return ratio

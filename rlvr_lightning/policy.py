@@ -6,7 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -135,14 +135,20 @@ class LoRA:
         return get_peft_model(model, config)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprobs:
-    """Of completion tokens, under a model."""
+class TokenLogprobs(NamedTuple):
+    """Of completion tokens, under a model; a tuple, in which FSDP finds the tensors."""
 
     logprobs: Tensor
     """float32 [R, T], 0 where masked."""
     entropy: Tensor
     """float32 [R, T] in nats, 0 where masked."""
+
+
+def compute_dtype_of(policy: Policy, wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of arithmetic: `float32`, `bfloat16`, or `auto` (see `GRPO`)."""
+    stored = next(policy.parameters()).dtype
+    slow_here = stored.itemsize == 2 and device.type == "cpu"
+    return getattr(torch, wanted) if wanted != "auto" else torch.float32 if slow_here else stored
 
 
 class Policy(nn.Module):
@@ -162,13 +168,14 @@ class Policy(nn.Module):
         unwrap = getattr(self.model, "get_base_model", None)
         return unwrap() if callable(unwrap) else self.model
 
-    def compute_in(self, dtype: str, device: torch.device) -> None:
-        """Compute in a dtype of its own: `float32`, `bfloat16`, or `auto` (see `GRPO`)."""
-        stored = next(self.model.parameters()).dtype
-        slow_here = stored.itemsize == 2 and device.type == "cpu"
-        wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if slow_here else stored
-        for name in compute_in(self.model, wanted):
-            log.warning("%s is kept in %s between the forward and the backward pass", name, wanted)
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Compute in a dtype of its own, whatever the weights are stored in."""
+        for name in compute_in(self.model, dtype):
+            log.warning("%s is kept in %s between the forward and the backward pass", name, dtype)
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """The model's own forward: logits [B, kept, V]."""
+        return self.model(**inputs).logits
 
     def head(self) -> Head:
         """The output layer, with the scalings some architectures apply to logits."""

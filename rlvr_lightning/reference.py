@@ -18,12 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlvr_lightning.delta import TensorDelta
+from rlvr_lightning.delta.tensor import flat_bits, local
 from rlvr_lightning.optim.tensorwise import on_change
 from rlvr_lightning.policy import Policy
 from rlvr_lightning.schema import Rollouts
 
 log = logging.getLogger(__name__)
 
+CHUNK = 1 << 20
+"""Entries of a shard exchanged at a time."""
 MAX_DENSITY = 0.2
 """A tensor of which a larger share has changed is kept as a copy: 1/3 is where a bfloat16 delta stops paying, and
 merging deltas needs room for two."""
@@ -46,7 +49,7 @@ class Reference:
         self.adapter = hasattr(policy.model, "disable_adapter")
         trainable = [] if self.adapter else [p for p in policy.parameters() if p.requires_grad]
         self._kept: dict[Tensor, TensorDelta | Tensor] = {
-            p: TensorDelta.between(p, p) if keep == "delta" and p.element_size() == 2 else p.detach().clone()
+            p: TensorDelta.between(p, p) if keep == "delta" and p.element_size() == 2 else local(p).clone()
             for p in trainable
         }
         self._told = False
@@ -77,16 +80,16 @@ class Reference:
         """The weights moved: what was known to lead to the start, led there from their old values."""
         kept = cast(TensorDelta, self._kept[parameter])
         if isinstance(undo, Tensor):  # all of it, as it was
-            start = undo.view(parameter.shape)
+            start = undo.view(local(parameter).shape)
         elif len(undo) + len(kept) <= 2 * self.max_density * kept.numel:  # else merging takes more than a copy
             merged = undo.then(kept).without_returned(parameter)
             if merged.density <= self.max_density:
                 self._kept[parameter] = merged
                 return
-            start = parameter.detach().clone()
+            start = local(parameter).clone()
             merged.apply_(start)
         else:
-            start = parameter.detach().clone()
+            start = local(parameter).clone()
             undo.apply_(start)
         kept.apply_(start)
         self._kept[parameter] = start
@@ -108,12 +111,13 @@ class Reference:
         """Prepare for some of the policy's parameters to be overwritten with a checkpoint's.
 
         Args:
-            weights: parameter -> the values it is about to get.
+            weights: parameter -> the values it is about to get, sharded as it is.
         """
         for parameter, kept in list(self._kept.items()):
             if isinstance(kept, TensorDelta) and parameter in weights:
                 start = self.start(parameter)
-                start_after = TensorDelta.between(weights[parameter].to(parameter.device, parameter.dtype), start)
+                after = local(weights[parameter]).to(parameter.device, parameter.dtype)
+                start_after = TensorDelta.between(after, start)
                 self._kept[parameter] = start_after if start_after.density <= self.max_density else start
 
     @contextmanager
@@ -130,11 +134,11 @@ class Reference:
                 self._swap(parameter)
 
     def start(self, parameter: Tensor) -> Tensor:
-        """A trained parameter's value at the start, a new tensor."""
+        """A trained parameter's value at the start, a new tensor; of a sharded one, this rank's part of it."""
         kept = _to(self._kept[parameter], parameter.device)  # after a run the policy is back on the CPU
         if not isinstance(kept, TensorDelta):
             return kept.clone()
-        start = parameter.detach().clone()
+        start = local(parameter).clone()
         kept.apply_(start)
         return start
 
@@ -143,6 +147,11 @@ class Reference:
         kept = self._kept[parameter]
         if isinstance(kept, TensorDelta):
             kept.swap_(parameter)
+        elif hasattr(parameter, "placements"):  # FSDP knows a shard by its memory: exchange the contents
+            for mine, theirs in zip(flat_bits(parameter).split(CHUNK), flat_bits(kept).split(CHUNK), strict=True):
+                moved = mine.clone()
+                mine.copy_(theirs)
+                theirs.copy_(moved)
         else:  # exchange the memory, not the contents
             parameter.data, self._kept[parameter] = kept, parameter.data
 

@@ -64,7 +64,7 @@ class Rollouts:
     @property
     def group(self) -> int:
         """Completions per prompt, G."""
-        return self.completion_ids.shape[0] // len(self.prompt_ids)
+        return self.completion_ids.shape[0] // max(1, len(self.prompt_ids))
 
     @property
     def lengths(self) -> Tensor:
@@ -111,6 +111,18 @@ class Rollouts:
             rollout_logprobs=merged(self.rollout_logprobs, new.rollout_logprobs),
             truncated=self.truncated.index_copy(0, rows, new.truncated),
         )
+
+
+def one_token(token: int, device: torch.device) -> Rollouts:
+    """The smallest rollouts there are: a prompt and a completion of one token each."""
+    one = torch.full((1, 1), token, device=device)
+    return Rollouts(
+        prompt_ids=[[token]],
+        completion_ids=one,
+        completion_mask=torch.ones_like(one, dtype=torch.bool),
+        rollout_logprobs=torch.zeros_like(one, dtype=torch.float32),
+        truncated=torch.zeros(1, dtype=torch.bool, device=device),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.optim.release import GradientRelease, ReleasedUpdate
 from rlvr_lightning.optim.tensorwise import on_change
+from rlvr_lightning.strategy import Sharded
 
 
 def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
@@ -20,9 +21,17 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
         trainer: whose settings are checked.
         stored: dtype of the weights.
     """
-    if trainer.world_size > 1:
-        raise ValueError(f"trainer: GRPO trains in one process so far, not in {trainer.world_size}; set devices: 1")
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, Sharded):
+        raise ValueError(
+            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported in {trainer.world_size} processes; "
+            "set it to rlvr_lightning.strategy.Sharded (whole copies of the model: shard: 1, replicate: the number "
+            "of processes)"
+        )
     precision = trainer.precision
+    if isinstance(trainer.strategy, Sharded) and precision != "32-true":
+        raise ValueError(
+            f"trainer.precision: {precision} does not go with Sharded; leave it out and set model.compute_dtype: bfloat16"
+        )
     if precision == "16-mixed":
         raise ValueError(
             "trainer.precision: 16-mixed scales the loss, and clipping would see scaled gradients; use bf16-mixed"

@@ -15,9 +15,21 @@ FILES = sorted(
 )
 # Lower rooms know nothing of higher ones.
 FLOORS = [
-    {"schema", "seeds", "configuration", "heap"},
+    {"schema", "seeds", "configuration", "heap", "ranks"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
-    {"experience", "policy", "data", "rollout", "scoring", "reference", "trainer_checks", "checkpoint"},
+    {
+        "experience",
+        "policy",
+        "data",
+        "rollout",
+        "scoring",
+        "reference",
+        "trainer_checks",
+        "strategy",
+        "metrics",
+        "checkpoint",
+        "evaluation",
+    },
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {
@@ -33,7 +45,18 @@ FLOORS = [
         "__main__",
     },
 ]
-PURE = ["schema", "advantage", "losses", "logprobs", "packing", "learning_rate", "seeds", "experience"]
+PURE = [
+    "schema",
+    "advantage",
+    "losses",
+    "logprobs",
+    "packing",
+    "learning_rate",
+    "seeds",
+    "experience",
+    "ranks",
+    "metrics",
+]
 PURE += [f"delta/{name}" for name in ("sparse", "tensor", "digest", "codec", "file", "writer", "folder")]
 
 

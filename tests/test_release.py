@@ -22,6 +22,7 @@ from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD, GradientRelease, update
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.profiling.allocations import AllocationCounter
+from rlvr_lightning.strategy import Sharded
 from rlvr_lightning.trainer_checks import check_trainer
 
 
@@ -141,9 +142,11 @@ def test_a_second_fit_works_and_no_signal_changes_nothing(folder, tmp_path: Path
 
 def test_scaled_losses_and_several_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="16-mixed scales the loss"):  # on a CPU the trainer turns it into bf16-mixed
-        check_trainer(SimpleNamespace(world_size=1, precision="16-mixed"), torch.float32)
-    with pytest.raises(ValueError, match="one process so far, not in 2"):
-        check_trainer(SimpleNamespace(world_size=2, precision="32-true"), torch.float32)
+        check_trainer(SimpleNamespace(world_size=1, strategy=None, precision="16-mixed"), torch.float32)
+    with pytest.raises(ValueError, match="DDPStrategy is not supported in 2 processes; set it to .*Sharded"):
+        check_trainer(SimpleNamespace(world_size=2, strategy=DDPStrategy(), precision="32-true"), torch.float32)
+    with pytest.raises(ValueError, match="set model.compute_dtype: bfloat16"):
+        check_trainer(SimpleNamespace(world_size=2, strategy=Sharded(), precision="bf16-mixed"), torch.float32)
 
 
 @pytest.mark.parametrize(

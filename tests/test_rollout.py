@@ -325,7 +325,7 @@ def test_bfloat16(autocast):
 
 
 BAD_CALLS = [
-    ({"prompts": []}, "seeds: one for each of at least one prompt"),
+    ({"prompts": []}, "seeds: one for each prompt"),
     ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
     ({"prompts": [[1], [VOCAB]]}, r"prompts\[1\] has a token outside"),
     ({"prompts": [[1], [-1]]}, r"prompts\[1\] has a token outside"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,20 @@ def local(tensor: Tensor) -> Tensor:
     to_local: Any = getattr(tensor, "to_local", None)
     with torch.no_grad():
         return (tensor if to_local is None else to_local()).detach()
+
+
+def first_entry(tensor: Tensor) -> int:
+    """Where this rank's shard begins in the whole tensor laid out in row-major order; 0 for any other tensor.
+
+    A shard of rows follows on from there. One of columns does not: of it, this is the first entry alone.
+    """
+    if not hasattr(tensor, "placements"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    dtensor: Any = tensor
+    _, offset = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
+    return sum(at * math.prod(dtensor.shape[dim + 1 :]) for dim, at in enumerate(offset))
 
 
 def bits(tensor: Tensor) -> Tensor:

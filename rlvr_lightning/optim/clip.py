@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 from rlvr_lightning.compute import cast
+from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.optim.sgd import SGD
 from rlvr_lightning.optim.update import CHUNK_ENTRIES
+from rlvr_lightning.ranks import Ranks
 
 
 def squared_norm(grad: Tensor) -> Tensor:
-    """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); by chunks, since 16-bit ones are cast."""
+    """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); of a DTensor, this rank's part of the sum.
+
+    By chunks, since 16-bit ones are cast.
+    """
     size = CHUNK_ENTRIES.get(grad.device.type, CHUNK_ENTRIES["cuda"])
-    norms = [torch.linalg.vector_norm(cast(part, torch.float32)) for part in grad.reshape(-1).split(size)]
+    norms = [torch.linalg.vector_norm(cast(part, torch.float32)) for part in local(grad).reshape(-1).split(size)]
     return torch.stack(norms).square().sum()
 
 
@@ -29,10 +34,19 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
 
 
-def grad_norm(parameters: Iterable[Tensor]) -> float:
-    """Global norm of the gradients there are."""
-    squares = [squared_norm(p.grad) for p in parameters if p.grad is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+def grad_norm(parameters: Iterable[Tensor], shards: Ranks) -> float:
+    """Global norm of the gradients there are.
+
+    Args:
+        parameters: of which all ranks have gradients, or none.
+        shards: ranks that hold parts of them.
+    """
+    return norm_of([squared_norm(p.grad) for p in parameters if p.grad is not None], shards)
+
+
+def norm_of(squares: list[Tensor], shards: Ranks) -> float:
+    """The norm that `squared_norm`s make together, over all ranks."""
+    return float(shards.sum(torch.stack(squares).sum()).sqrt()) if squares else 0.0
 
 
 def scale_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], factor: float) -> None:

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from rlvr_lightning.heap import give_back
-from rlvr_lightning.optim.clip import clip_factor, squared_norm
+from rlvr_lightning.optim.clip import clip_factor, norm_of, squared_norm
 from rlvr_lightning.optim.sgd import SGD
+from rlvr_lightning.ranks import ALONE, Ranks
 
 Backward = Callable[..., None]
 
@@ -61,18 +62,21 @@ class ReleasedUpdate:
         optimizer: must be ours; torch's own keep no way to step one parameter.
         release: how.
         max_norm: clip the gradient's global norm to this; 0 never clips, and then one backward pass is enough.
+        shards: ranks that hold the parameters between them; they go backward together, through equal graphs.
 
     Raises:
         ValueError: the optimizer cannot do it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, release: GradientRelease, max_norm: float) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, release: GradientRelease, max_norm: float, shards: Ranks = ALONE
+    ) -> None:
         if not isinstance(optimizer, SGD):
             raise ValueError(
                 f"gradient_release needs optimizer: rlvr_lightning.optim.SGD, got {type(optimizer).__name__}; "
                 "set it, or leave gradient_release out"
             )
-        self.optimizer, self.release, self.max_norm = optimizer, release, max_norm
+        self.optimizer, self.release, self.max_norm, self.shards = optimizer, release, max_norm, shards
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.parts = 1
         self._dropped_bytes = 0
@@ -144,7 +148,7 @@ class ReleasedUpdate:
     def _norm(self) -> float:
         """In the order of the parameters, not of the backward pass, so that it has the bits of ordinary clipping."""
         order = [p for group in self.optimizer.param_groups for p in group["params"] if p in self._squares]
-        return float(torch.stack([self._squares[p] for p in order]).sum().sqrt()) if order else 0.0
+        return norm_of([self._squares[p] for p in order], self.shards)
 
     def _measure(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -156,7 +160,7 @@ class ReleasedUpdate:
     def _apply_guarded(self, parameter: Tensor) -> None:
         """Update, and measure for the next step; a tensor alone may not exceed the norm that all are allowed."""
         self._measure(parameter)
-        norm = float(self._squares[parameter].sqrt())
+        norm = norm_of([self._squares[parameter]], self.shards)
         self._finite &= math.isfinite(norm)
         if not self._finite:
             return

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rlvr_lightning.delta import TensorDelta
-from rlvr_lightning.delta.tensor import local
+from rlvr_lightning.delta.tensor import first_entry, local
 from rlvr_lightning.optim.update import Storage, update
 from rlvr_lightning.seeds import derive_seed
 
@@ -124,6 +124,8 @@ class SGD(Optimizer):
         for p in self.param_groups[-1]["params"]:
             if not local(p).is_contiguous():
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is not contiguous; make it so before training")
+            if self.low_on_host and hasattr(p, "placements"):
+                raise ValueError("low_on_host is for weights in one process; use trainer.strategy.cpu_offload: true")
             if p.dtype == torch.float16 and self.master != "none":
                 raise ValueError(f"master: {self.master} is for bfloat16 parameters, got float16; use bfloat16")
 
@@ -209,20 +211,22 @@ class SGD(Optimizer):
         state = self.state[parameter]
         if self.master == "split":
             if "low" not in state:
-                state["low"] = self._new_low(local(parameter))
+                state["low"] = self._new_low(parameter)
             elif self.low_on_host and state["low"].device != self._low_device(weight):
-                state["low"] = self._new_low(local(parameter)).copy_(state["low"])  # trainers move states to the GPU
-            return Storage(weight, low=state["low"].view(-1))
+                state["low"] = self._new_low(parameter).copy_(state["low"])  # trainers move states to the GPU
+            return Storage(weight, low=local(state["low"]).view(-1))
         if self.master == "fp32":
             if "master" not in state:
-                state["master"] = local(parameter).float()
-            return Storage(weight, master=state["master"].view(-1))
-        return Storage(weight, key=key if self.rounding == "stochastic" else None)
+                state["master"] = parameter.detach().float()
+            return Storage(weight, master=local(state["master"]).view(-1))
+        return Storage(weight, key=key if self.rounding == "stochastic" else None, offset=first_entry(parameter))
 
     def _new_low(self, like: Tensor) -> Tensor:
+        """Zeros as wide as the low half; of a DTensor, with its sharding."""
         device = self._low_device(like)
-        pinned = device != like.device
-        return torch.zeros(like.shape, dtype=torch.int16, device=device, pin_memory=pinned)
+        if device == like.device:
+            return torch.zeros_like(like, dtype=torch.int16, requires_grad=False)
+        return torch.zeros(like.shape, dtype=torch.int16, device=device, pin_memory=True)
 
     def _low_device(self, like: Tensor) -> torch.device:
         return torch.device("cpu") if self.low_on_host else like.device
@@ -245,11 +249,7 @@ class SGD(Optimizer):
         expected = {"split": "low", "fp32": "master"}.get(self.master)
         if name != expected or parameter.dtype != torch.bfloat16:
             raise ValueError(f"the saved optimizer state holds {name!r}, which master: {self.master} does not use")
-        if value.shape != local(parameter).shape:
+        if value.shape != parameter.shape:
             raise ValueError(f"the saved {name!r} has shape {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
-        mine = (
-            self._new_low(local(parameter))
-            if name == "low"
-            else torch.empty_like(local(parameter), dtype=torch.float32)
-        )
+        mine = self._new_low(parameter) if name == "low" else torch.empty_like(parameter.detach(), dtype=torch.float32)
         self.state[parameter][name] = mine.copy_(value)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rlvr_lightning.delta import TensorDelta
+from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.optim.sgd import SGD, Listener
 from rlvr_lightning.optim.update import DENSE
 
@@ -52,7 +53,7 @@ def _step_each(optimizer: Optimizer, listener: Listener, wants: Callable[[Tensor
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            before = parameter.detach().clone() if wants(parameter) else None
+            before = local(parameter).clone() if wants(parameter) else None
             twin.param_groups = [{**group, "params": [parameter]}]
             type(optimizer).step(twin)
             if before is not None:

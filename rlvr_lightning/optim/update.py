@@ -36,6 +36,8 @@ class Storage:
     """float32 master."""
     key: int | None = None
     """Round with dice from this key (bfloat16 without a master); None rounds to nearest."""
+    offset: int = 0
+    """Where `weight` begins in the tensor that it is a shard of, so that a shard throws the dice of the whole."""
 
 
 def update_chunk(at: Storage, grad: Tensor, step_size: float, start: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,9 @@ def update_chunk(at: Storage, grad: Tensor, step_size: float, start: int) -> tup
         if at.key is None:
             weight.copy_(whole)
         else:
-            round_by_dice_into(weight, whole.view(torch.int32), dice(start, len(weight), at.key, weight.device))
+            round_by_dice_into(
+                weight, whole.view(torch.int32), dice(at.offset + start, len(weight), at.key, weight.device)
+            )
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     changed = _temporary("changed", weight, torch.bool)
     return torch.ne(old.view(integer), weight.view(integer), out=changed), old
@@ -88,7 +92,7 @@ def chunks(at: Storage, grad: Tensor) -> Iterator[tuple[int, Storage, Tensor]]:
         part = slice(start, start + size)
         low = None if at.low is None else at.low[part]
         master = None if at.master is None else at.master[part]
-        yield start, Storage(at.weight[part], low, master, at.key), grad[part]
+        yield start, Storage(at.weight[part], low, master, at.key, at.offset), grad[part]
 
 
 def update(
@@ -158,7 +162,7 @@ def _step(
         where = mask.nonzero()[:, 0] if emit else None
         return mask.count_nonzero(), where, None if where is None else old[where]
     low = None if at.low is None else at.low.to(at.weight.device, non_blocking=True)
-    result = fused(at.weight, low, at.master, at.key, grad, step_size, start, emit)
+    result = fused(at.weight, low, at.master, at.key, grad, step_size, at.offset + start, emit)
     if at.low is not None and low is not None and low is not at.low:
         at.low.copy_(low)
     return result

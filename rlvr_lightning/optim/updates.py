@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim.clip import clip_factor, grad_norm, scale_gradients
 from rlvr_lightning.optim.release import Backward, GradientRelease, ReleasedUpdate
 from rlvr_lightning.optim.sgd import SGD
+from rlvr_lightning.ranks import ALONE, Ranks
 
 
 class Updates:
@@ -22,16 +24,22 @@ class Updates:
         backward: `backward(loss, retain_graph=...)` runs a backward pass (Lightning's `manual_backward`).
         max_norm: clip the global norm of the gradients to this; 0 never clips.
         release: update during the backward pass; None keeps gradients until the step, as usual.
+        shards: ranks that hold the parameters between them.
 
     Raises:
         ValueError: the optimizer cannot release gradients.
     """
 
     def __init__(
-        self, optimizer: Optimizer, backward: Backward, max_norm: float, release: GradientRelease | None = None
+        self,
+        optimizer: Optimizer,
+        backward: Backward,
+        max_norm: float,
+        release: GradientRelease | None = None,
+        shards: Ranks = ALONE,
     ) -> None:
-        self.optimizer, self.run_backward, self.max_norm = optimizer, backward, max_norm
-        self.released = ReleasedUpdate(optimizer, release, max_norm) if release else None
+        self.optimizer, self.run_backward, self.max_norm, self.shards = optimizer, backward, max_norm, shards
+        self.released = ReleasedUpdate(optimizer, release, max_norm, shards) if release else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._norms: list[float] = []
 
@@ -76,7 +84,7 @@ class Updates:
             norm = math.hypot(*self._norms)
             give_back()
         else:
-            norm = grad_norm(self.parameters)
+            norm = grad_norm(self.parameters, self.shards)
             if math.isfinite(norm):
                 scale_gradients(self.optimizer, self.parameters, clip_factor(norm, self.max_norm))
             else:  # one bad batch must not end in NaN weights
@@ -84,5 +92,5 @@ class Updates:
         step()  # without any gradient a no-op that keeps the count of steps
         metrics = {"grad_norm": norm} if math.isfinite(norm) else {"nonfinite": 1.0}
         if isinstance(self.optimizer, SGD):
-            metrics["changed"] = self.optimizer.total_changed()
+            metrics["changed"] = float(self.shards.sum(torch.tensor(self.optimizer.total_changed())))
         return metrics

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,41 @@ from rlvr_lightning.schema import Rollouts, Sampling
 
 PROMPT_TOKENS = 4096  # read in one forward pass; bounds its activations
 REFILL = 0.75  # sequences join when no more than this share of the batch is in use
+
+
+class Runner(Protocol):
+    """Who runs the model's forward passes; a model that is spread over processes has one of its own."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around one call of `generate`."""
+        ...
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """The model's own forward: logits [B, kept, V]."""
+        ...
+
+    def pace(self, busy: bool) -> bool:
+        """Whether a forward pass must be made now; called before each, and at the end until it says no."""
+        ...
+
+
+class Alone:
+    """Runs a model that is whole in this process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def session(self) -> AbstractContextManager[None]:
+        """Nothing to prepare."""
+        return nullcontext()
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """The model's own forward."""
+        return self.model(**inputs).logits
+
+    def pace(self, busy: bool) -> bool:
+        """As this process needs it."""
+        return busy
 
 
 class HFEngine:
@@ -30,10 +66,16 @@ class HFEngine:
         stop_token_ids: tokens that end a completion; see `rlvr_lightning.rollout.stop_token_ids`.
         pad_token_id: fills completions behind their end.
         max_batch: sequences decoded at once; bounds the memory of their keys and values.
+        runner: of the model's forward passes, if it is not whole in this process.
     """
 
     def __init__(
-        self, model: nn.Module, stop_token_ids: Sequence[int], pad_token_id: int, max_batch: int = 128
+        self,
+        model: nn.Module,
+        stop_token_ids: Sequence[int],
+        pad_token_id: int,
+        max_batch: int = 128,
+        runner: Runner | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
@@ -44,6 +86,7 @@ class HFEngine:
                 f"model: the attention of {name} cannot be replaced, as HFEngine needs; use another engine"
             )
         self.model = model
+        self.runner = runner or Alone(model)
         self.config = causal_lm.config.get_text_config()
         strange = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if strange:
@@ -58,7 +101,7 @@ class HFEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Rollouts:
-        """Sample `group` completions of each prompt: see `RolloutEngine`.
+        """Sample `group` completions of each prompt: see `RolloutEngine`; of no prompts, if other ranks have some.
 
         Raises:
             ValueError: an argument is out of range; nothing has been computed then.
@@ -66,12 +109,14 @@ class HFEngine:
         """
         self._check(prompts, group, sampling, seeds)
         run = _Run(self, prompts, group, sampling, seeds)
-        with torch.no_grad(), rollout_mode(self.model):
+        with torch.no_grad(), rollout_mode(self.model), self.runner.session():
             while run.queue or run.rows.numel():
                 if run.queue and len(run.rows) <= REFILL * self.max_batch:
                     run.admit()
                 else:
                     run.step()
+            while self.runner.pace(False):
+                run.idle()
         return run.rollouts()
 
     def stopped(self, rows: Tensor, counts: Tensor, tokens: Tensor) -> Tensor:
@@ -90,14 +135,14 @@ class HFEngine:
     def _check(self, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, seeds: Sequence[int]) -> None:
         if group < 1:
             raise ValueError(f"group must be at least 1, got {group}")
-        if not prompts or len(seeds) != len(prompts):
-            raise ValueError(f"seeds: one for each of at least one prompt, got {len(seeds)} for {len(prompts)}")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: one for each prompt, got {len(seeds)} for {len(prompts)}")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompts[{i}] is empty; give at least one token, such as the tokenizer's bos")
             if not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(f"prompts[{i}] has a token outside the model's vocabulary of {self.config.vocab_size}")
-        longest = max(map(len, prompts)) + sampling.max_tokens
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ValueError(
@@ -162,9 +207,14 @@ class _Run:
             order = torch.tensor(kept, dtype=torch.long, device=self.device)
             self.rows, self.tokens, self.counts = self.rows[order], self.tokens[order], self.counts[order]
 
+    def idle(self) -> None:
+        """A forward pass for nothing but the other ranks."""
+        nothing = torch.tensor([[self.engine.pad_token_id]], device=self.device)
+        self._logits(nothing, torch.zeros_like(nothing), PromptPass([1]), 1)
+
     def rollouts(self) -> Rollouts:
         """What was sampled, cut to the longest completion."""
-        longest = int(self.lengths.max())
+        longest = int(self.lengths.max()) if self.prompts else 0
         mask = torch.arange(longest, device=self.device) < self.lengths[:, None]
         logprobs = self.logprobs[:, :longest].contiguous()
         if not logprobs.isfinite().all():
@@ -214,10 +264,14 @@ class _Run:
 
     def _forward(self, ids: Tensor, positions: Tensor, state: Any, logits_to_keep: int | Tensor) -> Tensor:
         """Logits [B, kept, V] of the model's own forward, with attention as `state` computes it."""
-        return self.engine.model(
+        self.engine.runner.pace(True)
+        return self._logits(ids, positions, state, logits_to_keep)
+
+    def _logits(self, ids: Tensor, positions: Tensor, state: Any, logits_to_keep: int | Tensor) -> Tensor:
+        return self.engine.runner.logits(
             input_ids=ids,
             position_ids=positions,
             use_cache=False,
             logits_to_keep=logits_to_keep,
             rollout_state=state,
-        ).logits
+        )

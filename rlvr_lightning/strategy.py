@@ -1,0 +1,222 @@
+"""The one place that knows how a model is spread over processes: FSDP2 through Lightning.
+
+    trainer:
+      devices: 8
+      strategy: {class_path: rlvr_lightning.strategy.Sharded}
+
+Every decoder layer is a unit of its own, gathered just before it runs and freed after it; embeddings, final norm and
+output layer are one more. Weights are gathered in the dtype of the arithmetic. Gradients are averaged onto the shards
+in `reduce_dtype`, and rounded to the weights' dtype after that. The optimizer sees only shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from rlvr_lightning.policy import Policy, compute_dtype_of
+from rlvr_lightning.ranks import ALONE, Ranks
+from rlvr_lightning.rollout.hf import Runner
+
+AXES = ("replicate", "shard")
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2: each process holds a share of weights, gradients and optimizer state.
+
+    Args:
+        shard: processes that hold one copy of the model between them; `auto` is all there are, divided by `replicate`.
+        replicate: such copies (HSDP): one for each node keeps the gathering of layers inside the nodes.
+        reduce_dtype: in which gradients are averaged; bfloat16 halves the traffic and rounds them.
+        rollout: while completions are sampled, gather the whole model `once` (as much memory as an unsharded model), or
+            each of its `layers` whenever it runs (two layers' memory, and traffic for every token).
+        cpu_offload: keep shards, gradients and optimizer state in host memory.
+        checkpoints: each process writes its part (`sharded`), or the first writes all in one file (`consolidated`).
+        timeout_s: how long a process waits for the others before it gives up with an error.
+    """
+
+    def __init__(
+        self,
+        shard: int | Literal["auto"] = "auto",
+        replicate: int = 1,
+        reduce_dtype: Literal["float32", "bfloat16"] = "float32",
+        rollout: Literal["once", "layers"] = "once",
+        cpu_offload: bool = False,
+        checkpoints: Literal["sharded", "consolidated"] = "sharded",
+        timeout_s: float = 600.0,
+    ) -> None:
+        for name, count in (("shard", 1 if shard == "auto" else shard), ("replicate", replicate)):
+            if count < 1:
+                raise ValueError(f"trainer.strategy.{name} must be at least 1, got {count}")
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=checkpoints == "sharded",
+            timeout=timedelta(seconds=timeout_s),
+        )
+        self.shard, self.replicate = shard, replicate
+        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self.rollout, self.cpu_offload = rollout, cpu_offload
+
+    def setup_environment(self) -> None:
+        """Start the processes' group and arrange them in a mesh of replicas and shards."""
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        shard = max(1, self.world_size // self.replicate) if self.shard == "auto" else self.shard
+        if shard * self.replicate != self.world_size:
+            raise ValueError(
+                f"trainer.strategy: shard ({self.shard}) times replicate ({self.replicate}) must be the number of "
+                f"processes, {self.world_size} (devices times num_nodes)"
+            )
+        self._device_mesh = init_device_mesh(self.root_device.type, (self.replicate, shard), mesh_dim_names=AXES)
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = self._device_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Who shares what."""
+
+    data: Ranks = ALONE
+    """Processes that share a batch of prompts."""
+    shards: Ranks = ALONE
+    """Processes that hold one copy of the model between them."""
+    rollout: Literal["once", "layers"] = "once"
+
+    def runner(self, policy: Policy) -> Runner | None:
+        """Who runs the policy's forward passes while completions are sampled; None if it is whole in this process."""
+        return Gathered(policy, self.data, self.rollout) if isinstance(policy, FSDPModule) else None
+
+
+def prepare(
+    policy: Policy, trainer: Trainer | None, compute_dtype: str = "auto", activation_checkpointing: bool = False
+) -> Layout:
+    """Make a policy ready to run where the trainer runs: activation checkpointing, arithmetic, sharding.
+
+    Args:
+        policy: changed in place; under `Sharded` its parameters are replaced by shards.
+        trainer: None, and any strategy but `Sharded`, means that the whole model is in this process.
+        compute_dtype: `float32`, `bfloat16`, or `auto`; see `GRPO`.
+        activation_checkpointing: recompute layers in the backward pass.
+    """
+    strategy = trainer.strategy if trainer is not None else None
+    if activation_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    device = strategy.root_device if strategy is not None else torch.device("cpu")
+    compute = compute_dtype_of(policy, compute_dtype, device)
+    if not isinstance(strategy, Sharded):
+        policy.compute_in(compute)
+        return Layout()
+    fully_shard_layers(policy, strategy.device_mesh, compute, strategy)
+    return layout_of(strategy.device_mesh, strategy.root_device, strategy.rollout)
+
+
+def layout_of(mesh: DeviceMesh, device: torch.device, rollout: Literal["once", "layers"]) -> Layout:
+    """The groups of processes in a mesh of replicas and shards."""
+
+    def ranks(sub: DeviceMesh) -> Ranks:
+        return Ranks(rank=sub.get_local_rank(), size=sub.size(), group=sub.get_group(), device=device)
+
+    return Layout(data=ranks(mesh[AXES]._flatten("data")), shards=ranks(mesh["shard"]), rollout=rollout)
+
+
+def fully_shard_layers(policy: Policy, mesh: DeviceMesh, compute: torch.dtype, strategy: Sharded) -> None:
+    """Shard every decoder layer, then what is left, over a mesh.
+
+    Args:
+        policy: on any device, whole.
+        mesh: of replicas and shards.
+        compute: dtype of arithmetic.
+        strategy: the rest of the settings.
+    """
+    cast_to = compute if compute != next(policy.parameters()).dtype else None  # None leaves adapters in their own
+    settings: dict[str, Any] = {
+        "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=cast_to, reduce_dtype=strategy.reduce_dtype),
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+        if strategy.cpu_offload
+        else OffloadPolicy(),
+    }
+    for layer in decoder_layers(policy.causal_lm):
+        fully_shard(layer, **settings)
+    fully_shard(policy, **settings)
+    register_fsdp_forward_method(policy, "logits")
+    policy.register_forward_hook(_free_without_grad, always_call=True)
+
+
+def _free_without_grad(policy: nn.Module, *_: Any) -> None:
+    """The root stays gathered for the backward pass; without one, later changes of the shards must not be missed."""
+    if not torch.is_grad_enabled():
+        policy.reshard()  # type: ignore[operator]
+
+
+def decoder_layers(causal_lm: Any) -> list[nn.Module]:
+    """The repeated blocks of any transformers causal LM.
+
+    Raises:
+        ValueError: none are found.
+    """
+    names = set(getattr(causal_lm, "_no_split_modules", None) or ())
+    found = [module for module in causal_lm.modules() if type(module).__name__ in names]
+    if not found:
+        count = causal_lm.config.get_text_config().num_hidden_layers
+        lists = [m for m in causal_lm.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        found = list(lists[0]) if lists else []
+    if not found:
+        raise ValueError(f"model: found no decoder layers in {type(causal_lm).__name__} to shard; use one process")
+    return found
+
+
+class Gathered:
+    """How the engine in process runs a sharded policy: see `rlvr_lightning.rollout.hf.Runner`.
+
+    Args:
+        policy: sharded.
+        ranks: the processes that gather together.
+        how: `once` or `layers`; see `Sharded`.
+    """
+
+    def __init__(self, policy: Policy, ranks: Ranks, how: Literal["once", "layers"]) -> None:
+        self.policy, self.ranks, self.how = policy, ranks, how
+        self.units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around one call of `generate`."""
+        return self._whole()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        try:
+            if self.how == "once":
+                for unit in self.units:
+                    unit.set_reshard_after_forward(False, recurse=False)
+                    unit.unshard()
+            yield
+        finally:
+            for unit in self.units:
+                unit.set_reshard_after_forward(unit is not self.policy, recurse=False)
+                unit.reshard()
+
+    def logits(self, **inputs: Any) -> Tensor:
+        """The model's own forward."""
+        return self.policy.logits(**inputs)
+
+    def pace(self, busy: bool) -> bool:
+        """Whether another forward pass must be made, for some rank needs it: layers are gathered by all or by none."""
+        return self.ranks.any(busy) if self.how == "layers" else busy
