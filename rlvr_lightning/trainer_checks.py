@@ -30,7 +30,7 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
     precision = trainer.precision
     if isinstance(trainer.strategy, Sharded) and precision != "32-true":
         raise ValueError(
-            f"trainer.precision: {precision} does not go with Sharded; leave it out and set model.compute_dtype: bfloat16"
+            f"trainer.precision: {precision} is not for Sharded; leave it out and set model.compute_dtype: bfloat16"
         )
     if precision == "16-mixed":
         raise ValueError(

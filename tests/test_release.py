@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from precision_modes import MODES, WHOLE, same
 from test_grpo import Constant, Recorder, fit, folder, module, weights  # noqa: F401 (a fixture)
 
@@ -143,9 +144,9 @@ def test_a_second_fit_works_and_no_signal_changes_nothing(folder, tmp_path: Path
 def test_scaled_losses_and_several_processes_are_refused() -> None:
     with pytest.raises(ValueError, match="16-mixed scales the loss"):  # on a CPU the trainer turns it into bf16-mixed
         check_trainer(SimpleNamespace(world_size=1, strategy=None, precision="16-mixed"), torch.float32)
-    with pytest.raises(ValueError, match="DDPStrategy is not supported in 2 processes; set it to .*Sharded"):
+    with pytest.raises(ValueError, match=r"DDPStrategy is not supported in 2 processes; set it to .*Sharded"):
         check_trainer(SimpleNamespace(world_size=2, strategy=DDPStrategy(), precision="32-true"), torch.float32)
-    with pytest.raises(ValueError, match="set model.compute_dtype: bfloat16"):
+    with pytest.raises(ValueError, match=r"set model\.compute_dtype: bfloat16"):
         check_trainer(SimpleNamespace(world_size=2, strategy=Sharded(), precision="bf16-mixed"), torch.float32)
 
 
