@@ -65,7 +65,7 @@ class Evaluated(LightningModule):
         for mode, (sampling, group) in modes.items():
             rollouts = self.engine.generate(prompts, group, sampling, seeds)
             parts = self.scorer(rollouts, records, self.failures_file).parts[verifier]
-            passed = (parts >= 1.0).float().view(len(records), group).mean(1).tolist()
+            passed = (parts >= 1.0).float().view(-1, group).mean(1).tolist()
             for record, share in zip(records, passed, strict=True):
                 self._passed.setdefault((split, record["benchmark"], mode), []).append(share)
 

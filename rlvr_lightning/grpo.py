@@ -273,7 +273,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         counts = self._global_counts(minibatch.mask)
         needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
         live = has_signal(minibatch.advantages, self.group_size) | needs_all
-        live &= minibatch.mask.view(len(live), -1).any(1)
+        live &= minibatch.mask.any(1).view(-1, self.group_size).any(1)
         metrics = {"tokens": 0.0, "skipped": float((~live).sum()), "steps": 1.0}
         chosen = minibatch.select(live.nonzero()[:, 0].tolist()) if live.any() else None
         micros = list(chosen.micro_batches(self.batching.micro_batch)) if chosen else []

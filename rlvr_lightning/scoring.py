@@ -30,7 +30,7 @@ class Scorer:
         """Decoded completions beside their records (P of them), as rewards see them; R samples."""
         ids = rollouts.completion_ids.tolist()
         rows = [row[:length] for row, length in zip(ids, rollouts.lengths.tolist(), strict=True)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
         for stop in self.stop:
             texts = [text.split(stop, 1)[0] for text in texts]
         owners = [records[r // rollouts.group] for r in range(len(rows))]
