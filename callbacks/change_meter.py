@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rlvr_lightning.callbacks.change_counts import count_changed
@@ -56,11 +55,7 @@ class ChangeMeter:
         self.frozen = {row: p.numel() for row, p in enumerate(parameters) if not p.requires_grad}
         self.definitions = list(definitions)
         # Plain parameters are the same in all processes (DDP): the first counts them. Of shards, each counts its own.
-        self._here = [
-            row
-            for row, p in enumerate(parameters)
-            if row not in self.frozen and first_copy(p) and (isinstance(p, DTensor) or first_rank)
-        ]
+        self._here = [row for row, p in enumerate(parameters) if row not in self.frozen and first_copy(p, first_rank)]
         live = [parameters[row] for row in self._here]
         self._before = Snapshot(folder, live)
         self._start = Snapshot(folder, live) if total else None

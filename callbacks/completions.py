@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich import box
 from rich.console import Console
@@ -91,13 +92,24 @@ def render(samples: Sequence[Mapping[str, Any]], title: str, width: int = 100, c
     return capture.get()
 
 
+def _of_all_ranks(trainer: Trainer, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """On the first rank the samples of all, on the others none; every rank must call, also without samples."""
+    if trainer.world_size == 1:
+        return samples
+    mine = [{"rank": trainer.global_rank} | sample for sample in samples]
+    parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(mine, parts)  # texts and numbers only, made so by `plain`
+    return [sample for part in parts or [] for sample in part]
+
+
 class CompletionTable(Callback):
     """Shows sample completions with their rewards, and keeps them in `completions.jsonl` in the run folder.
 
     Logs no metric. Needs of the module only an attribute `last_samples` after each training step: a list of dicts with
     `prompt`, `completion`, `reward`, and if there are `step`, `parts` (dict), `advantage`, `truncated`; anything else
     in them goes to the file. Without the attribute it does nothing. What the model wrote is printed with control
-    characters escaped. Rank 0 prints; rank k > 0 writes `completions.rank<k>.jsonl`.
+    characters escaped. Of several processes the first prints and writes the samples of all, each with its `rank`; so
+    all must run this callback.
 
     Args:
         every_n_steps: the first batch, then each so many batches.
@@ -113,25 +125,26 @@ class CompletionTable(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn where the file goes."""
-        name = "completions.jsonl" if trainer.is_global_zero else f"completions.rank{trainer.global_rank}.jsonl"
-        self._path = run_folder(trainer) / name
+        self._path = run_folder(trainer) / "completions.jsonl"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show and keep this batch's samples, every N batches."""
-        samples = getattr(pl_module, "last_samples", None)
-        if not samples or batch_idx % self.every_n_steps:
+        if batch_idx % self.every_n_steps:
             return
+        samples = getattr(pl_module, "last_samples", None) or []
+        samples = _of_all_ranks(trainer, [plain({"step": trainer.global_step} | dict(sample)) for sample in samples])
         for sample in samples:
-            append_line(self._path, plain({"step": trainer.global_step} | dict(sample)))
-        if self.num and trainer.is_global_zero:
+            append_line(self._path, sample)
+        if self.num and samples:
             self._show(trainer, samples)
 
     def _show(self, trainer: Trainer, samples: Sequence[Mapping[str, Any]]) -> None:
         stride = max(len(samples) // self.num, 1)  # spread over the batch, to show more than one prompt's group
         console = Console()
-        title = f"{min(self.num, len(samples))} of {len(samples)} completions, step {trainer.global_step}"
+        where = f" of {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        title = f"{min(self.num, len(samples))} of {len(samples)} completions{where}, step {trainer.global_step}"
         text = render(samples[::stride][: self.num], title, console.width, console.is_terminal)
         bar = trainer.progress_bar_callback
         if bar is None:

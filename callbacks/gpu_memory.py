@@ -27,16 +27,17 @@ class GPUMemory(Callback):
     `memory/peak_bytes`            bytes, highest of the phases of this batch
     `memory/<phase>_peak_bytes`    bytes, peak while in the phase (see below)
     `memory/reserved_peak_bytes`   bytes that torch's allocator has reserved (CUDA only)
-    `memory/nvml_used_bytes`       bytes in use on the device as NVML sees it, at the end of the batch,
-                                   other processes included (CUDA with the package nvidia-ml-py only)
+    `memory/nvml_used_bytes`       bytes in use on the first process's device as NVML sees it, at the end of
+                                   the batch, other processes included (CUDA, package nvidia-ml-py only)
     =============================  =====================================================================
 
     Phases are forward, backward, optimizer (all the rest: other, validation), told apart by Lightning's hooks. A module
     that knows more has an attribute `phase_listeners`, a list of functions, and calls each with the name of the phase
     it enters (`rollout`, `reward`, `forward`, `backward`, `optimizer`, or "" for none); then its word alone counts.
 
-    On CUDA the figures are those of torch's allocator, on a CPU the resident memory of the process.
-    `memory.json` holds the peaks of the whole run, the highest over the ranks.
+    On CUDA the figures are those of torch's allocator, on a CPU the resident memory of the process. Where there are
+    several processes, a figure is that of the one where it is highest; of a phase not named above, the first one's.
+    `memory.json` holds the peaks of the whole run, likewise.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,8 @@ class GPUMemory(Callback):
         """Choose the probe and register with the module."""
         self._folder = run_folder(trainer)
         probe = choose_probe(trainer.strategy.root_device)
-        self._meter = PhaseMeter(probe) if probe else None
+        everywhere = trainer.strategy.reduce_boolean_decision(probe is not None, all=True)  # all ask, or none does
+        self._meter = PhaseMeter(probe) if probe and everywhere else None
         listeners = getattr(pl_module, "phase_listeners", None)
         self._told = isinstance(listeners, list)
         if isinstance(listeners, list):
@@ -95,12 +97,12 @@ class GPUMemory(Callback):
             return
         self._meter.enter("")
         peaks = self._meter.take_step()
-        named = {f"memory/{phase}_peak_bytes": peak for phase, peak in peaks.items() if phase != "other"}
         device = trainer.strategy.root_device
-        if device.type == "cuda":
-            named["memory/reserved_peak_bytes"] = torch.cuda.max_memory_reserved(device)
-            named |= self._read_nvml(device)
-        pl_module.log_dict(exact({"memory/peak_bytes": max(peaks.values()), **named}))
+        reserved = {"reserved": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
+        peaks = _highest(trainer, peaks | reserved)
+        named = {f"memory/{phase}_peak_bytes": peak for phase, peak in peaks.items() if phase != "other"}
+        named["memory/peak_bytes"] = max(peak for phase, peak in peaks.items() if phase != "reserved")
+        pl_module.log_dict(exact(named | (self._read_nvml(device) if device.type == "cuda" else {})))
 
     def _read_nvml(self, device: torch.device) -> dict[str, int]:
         if not self._nvml:
@@ -163,6 +165,7 @@ class GPUMemory(Callback):
 
 def _highest(trainer: Trainer, peaks: dict[str, int]) -> dict[str, int]:
     """The highest peak over the ranks. The names are fixed, lest a rank that never saw a phase hang the others."""
-    local = torch.tensor([peaks.get(name, 0) for name in PHASES], device=trainer.strategy.root_device)
-    highest = dict(zip(PHASES, trainer.strategy.reduce(local, reduce_op="max").tolist(), strict=True))
+    names = (*PHASES, "reserved")
+    local = torch.tensor([peaks.get(name, 0) for name in names], device=trainer.strategy.root_device)
+    highest = dict(zip(names, trainer.strategy.reduce(local, reduce_op="max").tolist(), strict=True))
     return peaks | {name: peak for name, peak in highest.items() if peak}

@@ -14,10 +14,15 @@ def local_part(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def first_copy(tensor: Tensor) -> bool:
-    """Whether this rank holds the first copy of its part; False on the other ranks a DTensor is replicated over."""
+def first_copy(tensor: Tensor, first_rank: bool = True) -> bool:
+    """Whether this rank holds the first copy of its part; False on the other ranks a tensor is replicated over.
+
+    Args:
+        tensor: a DTensor says itself how it is spread; any other is taken to be the same in all processes.
+        first_rank: whether this is the process that counts those others.
+    """
     if not isinstance(tensor, DTensor):
-        return True
+        return first_rank
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
@@ -59,7 +64,20 @@ class ByteCounter:
         return size
 
 
+def held_bytes(tensors: Iterable[Tensor], first_rank: bool = True) -> tuple[int, int]:
+    """Bytes of the local parts of some tensors, shared storages once; and of them those of a first copy.
+
+    The second figures of all processes add up to what one process alone would hold.
+    """
+    counter = ByteCounter()
+    held = owned = 0
+    for tensor in tensors:
+        size = counter.add(tensor)
+        held += size
+        owned += size if first_copy(tensor, first_rank) else 0
+    return held, owned
+
+
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the local parts of some tensors, shared storages once."""
-    counter = ByteCounter()
-    return sum(counter.add(tensor) for tensor in tensors)
+    return held_bytes(tensors)[0]

@@ -54,8 +54,9 @@ class UpdateSparsity(Callback):
     and by layer, with entries that were exactly zero before counted apart (any change of a zero is a change of its
     bits). Counted are the distinct parameters of the optimizer, tied ones once; those that are frozen are `entries`
     that do not change. `module_entries` is the size of the whole module, for adapters. Shards are counted where they
-    lie, and summed. The 1st step of each optimizer is measured, then every N-th; a step is what happens inside
-    `optimizer.step()`, and, if the optimizer has `register_begin_hook`, what it did before that in the backward pass.
+    lie, and summed over the processes, replicas once; no shard leaves its process. The 1st step of each optimizer is
+    measured, then every N-th; a step is what happens inside `optimizer.step()`, and, if the optimizer has
+    `register_begin_hook`, what it did before that in the backward pass.
 
     Old values wait in host files without names in the run folder: one of the size of the weights, and one more with
     those of the start if `total`. Nothing is held on the device. A full disk ends the measuring, not the run.
