@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 
@@ -32,7 +36,7 @@ def sharded(rank: str, folder: str) -> None:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     counts = meter.counts()
-    entries = count_state(optimizer)
+    entries = count_state(optimizer, first_rank=rank == "0")
     owned = torch.tensor(sum(entry.owned_bytes for entry in entries))
     dist.all_reduce(counts)
     dist.all_reduce(owned)
@@ -85,5 +89,137 @@ def interruptible(folder: str, total: str, step_s: str, val_s: str, checkpoint: 
     print("DONE", trainer.global_step, float(module.weight), flush=True)
 
 
+def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
+    """Train with all callbacks, in as many processes as there are; returns what this process learned of it."""
+    from precision_modes import MODES, WHOLE
+    from test_grpo import fit, module
+
+    from rlvr_lightning.callbacks import CompletionTable, GPUMemory, OptimizerState, UpdateSparsity, snapshots
+    from rlvr_lightning.experience import Batching
+    from rlvr_lightning.losses import Objective
+    from rlvr_lightning.optim import GradientRelease
+    from rlvr_lightning.rewards.base import Reward
+    from rlvr_lightning.strategy import Sharded
+
+    class TokenSum(Reward):
+        def __call__(self, samples):
+            return [float(sum(s.token_ids) % 3) for s in samples]
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    snapshots.CHUNK_BYTES["cpu"] = 64  # so that only a tensor that should not be there is large
+    cases: dict[str, dict[str, Any]] = {
+        "split": {"objective": Objective(kl_coef=0.1), "batching": Batching(micro_batch=4)},
+        "released": {"gradient_release": GradientRelease(), "batching": WHOLE, "max_grad_norm": 1.0},
+        "adamw": {"optimizer": partial(torch.optim.AdamW, lr=1e-3)},
+    }
+    cases["replicas"] = cases["split"]
+    settings = {"optimizer": MODES["split"], "dtype": "bfloat16", "rewards": {"r": TokenSum()}, "max_grad_norm": 0}
+    settings |= cases[case]
+    strategy: Any = "auto"
+    if world > 1:
+        strategy = Sharded(timeout_s=60, replicate=2 if case == "replicas" else 1)
+    seen = Seen()
+    sparsity = seen.watch(UpdateSparsity(every_n_steps=1), "on_train_start", "_before_step", "_after_step")
+    state = seen.watch(OptimizerState(), "on_before_optimizer_step", "on_train_batch_end")
+    truth = Truth()
+    callbacks = [truth, sparsity, state, GPUMemory(), CompletionTable(every_n_steps=1)]
+    callbacks += [KnownGradients()] if case != "released" else []
+    metrics: list[dict[str, float]] = []
+    torch.manual_seed(0)
+    model = module(folder, **settings)
+    log = model.log_dict
+
+    def log_dict(values, *args, **kwargs):
+        metrics.append({name: float(value) for name, value in values.items()})
+        log(values, *args, **kwargs)
+
+    model.log_dict = log_dict
+    run = out / f"{case} {world}"
+    trainer = fit(model, run, 3, 4, strategy=strategy, devices=world, logger=False, callbacks=callbacks)
+    parameters = list(model.policy.parameters())
+    return {
+        "rank": trainer.global_rank,
+        "metrics": {name: [m[name] for m in metrics if name in m] for name in sorted({n for m in metrics for n in m})},
+        "truly_changed": truth.changed,
+        "largest_allocation": seen.largest,
+        "largest_weight": max(p.numel() * p.element_size() for p in parameters),
+        "entries": sum(p.numel() for p in parameters),
+        "entries_here": [getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters],
+        "collectives": sorted(seen.collectives),
+    }
+
+
+class KnownGradients(Callback):
+    """Gradients that depend on nothing, so that weights are the same to the bit in any number of processes."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        from torch.distributed.tensor import distribute_tensor
+
+        dice = torch.Generator().manual_seed(trainer.global_step)
+        for p in pl_module.policy.parameters():
+            grad = torch.randn(p.shape, generator=dice).mul_(0.003).to(p.dtype)
+            p.grad.copy_(distribute_tensor(grad, p.device_mesh, p.placements) if hasattr(p, "placements") else grad)
+
+
+class Truth(Callback):
+    """Counts changed entries on whole tensors, which no callback under test may do."""
+
+    def __init__(self) -> None:
+        self.changed: list[int] = []
+
+    @staticmethod
+    def whole(pl_module) -> list[torch.Tensor]:
+        weights = (p.detach() for p in pl_module.policy.parameters())
+        return [(w.full_tensor() if hasattr(w, "full_tensor") else w.clone()).view(torch.int16) for w in weights]
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        self.before = self.whole(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        pairs = zip(self.before, self.whole(pl_module), strict=True)
+        self.changed.append(sum(int((old != new).sum()) for old, new in pairs))
+
+
+class Seen:
+    """The largest tensor that watched methods make, and what they send between processes."""
+
+    def __init__(self) -> None:
+        self.largest = 0
+        self.collectives: set[str] = set()
+
+    def watch(self, callback: Any, *methods: str) -> Any:
+        from rlvr_lightning.profiling.allocations import AllocationCounter
+
+        seen = self
+
+        class Mode(AllocationCounter):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.namespace == "c10d":
+                    seen.collectives.add(func.name())
+                return super().__torch_dispatch__(func, types, args, kwargs)
+
+        def note(label: str, size: int) -> str:
+            seen.largest = max(seen.largest, size)
+            return label
+
+        def counted(method, *args):
+            with Mode(classify=note):
+                return method(*args)
+
+        for name in methods:
+            setattr(callback, name, partial(counted, getattr(callback, name)))
+        return callback
+
+
+def training(folder: str, out: str, *cases: str) -> None:
+    """Runs cases of `trained`; each process writes CASE WORLD RANK.json."""
+    for case in cases:
+        found = trained(folder, Path(out), case)
+        name = f"{case} {os.environ.get('WORLD_SIZE', 1)} {found['rank']}.json"
+        Path(out, name).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"sharded": sharded, "interruptible": interruptible}[sys.argv[1]](*sys.argv[2:])
+    import conftest  # noqa: F401 (sets one thread)
+
+    {"sharded": sharded, "interruptible": interruptible, "training": training}[sys.argv[1]](*sys.argv[2:])
