@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlvr_lightning import callbacks
 from rlvr_lightning.checkpoint import check_readable
-from rlvr_lightning.config_errors import Parser, condense
+from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 
 RUNS = "runs"
@@ -37,11 +36,11 @@ def main(argv: list[str]) -> int:
     try:
         argv = resolve_config_arguments(argv)
         cli_class(argv[0], "-".join(config_names(argv)) or "run")(argv)
-    except ValueError as error:  # what a user can mend; anything else keeps its traceback
-        if os.environ.get("RLVR_TRACEBACK"):
+    except Exception as error:
+        status = report(error)
+        if status is None:
             raise
-        print(f"error: {condense(str(error))}", file=sys.stderr)
-        return 2
+        return status
     return 0
 
 
@@ -132,8 +131,9 @@ class RLVRCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """What the run did, in a few lines."""
+        text = summary(self.at_start, self.trainer, time.monotonic() - self.started_s)  # asks all ranks for the folder
         if self.trainer.is_global_zero:
-            print(summary(self.at_start, self.trainer, time.monotonic() - self.started_s))
+            print(text)
 
 
 def summary(at_start: Mapping[str, float], trainer: Trainer, seconds: float) -> str:
@@ -166,12 +166,16 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
+        ".*when logging on epoch level in distributed setting.*",  # what is logged is of all ranks already
     ):
         warnings.filterwarnings("ignore", text)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_news)
+    for name in ("lightning.fabric.utilities.distributed", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.WARNING)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not message.startswith(("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1"))
+    return not message.startswith(("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1", "-----"))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import re
+import sys
+import time
 from argparse import ArgumentError
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
+
+from rlvr_lightning import watch
 
 BOILERPLATE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Validation failed"
@@ -24,8 +29,48 @@ class Parser(LightningArgumentParser):
         """Leave with one line and status 2; inner parsers hand their message to the outer one."""
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
+        after_the_first()
         self.exit(2, f"error: {condense(message)}\n")
         raise AssertionError("exit returned")
+
+
+def report(error: Exception) -> int | None:
+    """Say an exception once, though many processes raise it; which of them is the story where they differ.
+
+    Returns:
+        the exit status, or None for an exception whose traceback is to be shown: only what a user can mend is one line.
+    """
+    one_line = isinstance(error, ValueError) and not os.environ.get("RLVR_TRACEBACK")
+    watching = watch.current()
+    if watching is None:
+        if not one_line:
+            return None
+        after_the_first()
+        print(f"error: {condense(str(error))}", file=sys.stderr)
+        return 2
+    watching.failed(error)  # unless the trainer has told it already
+    if not watching.is_first:
+        same = watching.cause is not None and watching.cause.how == watch.what_happened(error)
+        if not same:
+            watching.tell()
+        return 2 if same and one_line else 1
+    if watch.timed_out(error):
+        watching.tell()
+        return 1
+    if not one_line:
+        return None
+    place = "" if watching.on_all(error) else f"rank {watching.rank} (host {watching.host}, pid {os.getpid()}): "
+    watching.tell(place + condense(str(error)))
+    return 2
+
+
+def after_the_first() -> None:
+    """Leave it to the first process of this machine to say what all of them find in the same config.
+
+    Where it does, its end ends the others; where nothing does, this one says it too.
+    """
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) > 0:
+        time.sleep(3)
 
 
 def condense(message: str) -> str:

@@ -11,15 +11,17 @@ in `reduce_dtype`, and rounded to the weights' dtype after that. The optimizer s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -31,6 +33,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from rlvr_lightning import watch
 from rlvr_lightning.policy import Policy, compute_dtype_of
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.hf import Runner
@@ -78,6 +81,7 @@ class Sharded(ModelParallelStrategy):
         """Start the processes' group and arrange them in a mesh of replicas and shards."""
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
+        watch.start({child.pid: child for child in getattr(self.launcher, "procs", ())})
         shard = max(1, self.world_size // self.replicate) if self.shard == "auto" else self.shard
         if shard * self.replicate != self.world_size:
             raise ValueError(
@@ -87,6 +91,32 @@ class Sharded(ModelParallelStrategy):
         self._device_mesh = init_device_mesh(self.root_device.type, (self.replicate, shard), mesh_dim_names=AXES)
         if self.lightning_module is not None:
             self.lightning_module._device_mesh = self._device_mesh
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other processes, which may wait for this one."""
+        if (watching := watch.current()) is not None:
+            watching.failed(exception)
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Lightning's, of a node's processes as children of the first, watched by `rlvr_lightning.watch`.
+
+    Lightning's own observer kills all of them, this one too, when one ends with any status but 0.
+    """
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Start the others, then call the function, in which they meet."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            watch.watch_children(self.procs)
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ FILES = sorted(
 )
 # Lower rooms know nothing of higher ones.
 FLOORS = [
-    {"schema", "seeds", "configuration", "heap", "ranks"},
+    {"schema", "seeds", "configuration", "heap", "ranks", "watch"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
     {
         "experience",
