@@ -19,12 +19,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rlvr_lightning.checkpoint import DeltaCheckpoints
+from rlvr_lightning.delta.tensor import local, whole
 from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
-from rlvr_lightning.schema import Rollouts
+from rlvr_lightning.schema import Rollouts, one_token
+from rlvr_lightning.strategy import Layout, prepare
+from rlvr_lightning.trainer_checks import check_strategy
 
 Record = Mapping[str, Any]
 
@@ -69,6 +71,7 @@ class SFT(DeltaCheckpoints):
         self.export_dtype = export_dtype
         self.tokenizer = load_tokenizer(model)
         self.policy: Policy | None = None
+        self.layout = Layout()
         self._val_sums: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -78,7 +81,12 @@ class SFT(DeltaCheckpoints):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())  # the run's seed, however many numbers were drawn since
             self.policy = Policy(load_model(self.model_name, from_scratch=self.from_scratch))
+        self.layout = prepare(self.policy, self._trainer)
         self.remember_start()
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer."""
+        check_strategy(self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, if there is one, its schedule by step."""
@@ -90,15 +98,16 @@ class SFT(DeltaCheckpoints):
     def training_step(self, batch: list[Record], batch_idx: int) -> Tensor:
         """The mean loss over the global batch, scaled so that averaging gradients over ranks is right."""
         total, tokens = self._nll(batch)
-        loss = total / tokens * self.trainer.world_size
-        self.log("sft/nll", loss.detach(), prog_bar=True, sync_dist=True)
-        return loss
+        loss = total / tokens
+        self.log("sft/nll", self.layout.data.sum(loss.detach()), prog_bar=True)
+        return loss * self.layout.data.size  # ranks are averaged
 
     def validation_step(self, batch: list[Record], batch_idx: int) -> None:
         """Add the batch to the sums of its benchmarks."""
         for name in dict.fromkeys(record["benchmark"] for record in batch):
             total, tokens = self._nll([record for record in batch if record["benchmark"] == name])
-            self._val_sums[name] += torch.stack([total, torch.tensor(float(tokens), device=self.device)])
+            everywhere = self.layout.data.sum(total.detach())
+            self._val_sums[name] += torch.stack([everywhere, torch.tensor(float(tokens), device=self.device)])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""
@@ -107,27 +116,27 @@ class SFT(DeltaCheckpoints):
     def on_validation_epoch_end(self) -> None:
         """Log nats per token of each benchmark."""
         for name, (total, tokens) in self._val_sums.items():
-            ranks_total = self.trainer.strategy.reduce(total, reduce_op="sum")
-            self.log(f"val/{name}/nll", ranks_total / tokens, prog_bar=True)
+            self.log(f"val/{name}/nll", total / tokens, prog_bar=True)
 
     def _nll(self, batch: list[Record]) -> tuple[Tensor, int]:
         """Negative log-likelihood of this rank's demonstrations, float32 scalar; tokens of all ranks' ones."""
         assert self.policy is not None
-        rank, world = self.trainer.global_rank, self.trainer.world_size
-        if len(batch) < world:
-            raise ValueError(f"a batch of {len(batch)} prompts cannot be shared by {world} processes; enlarge it")
+        ranks = self.layout.data
         pairs = [(record["prompt_ids"], demonstration_ids(record, self.tokenizer)) for record in batch]
-        mine = sorted(pairs[rank::world], key=lambda pair: len(pair[0]) + len(pair[1]))
+        mine = sorted(pairs[ranks.rank :: ranks.size], key=lambda pair: len(pair[0]) + len(pair[1]))
         rows = [mine[at : at + ROWS] for at in range(0, len(mine), ROWS)]
+        idle = ranks.most(len(rows)) - len(rows)
         logprobs = [self.policy(as_rollouts(row, self.device)).logprobs.sum() for row in rows]
+        for _ in range(idle):  # for the ranks that have more: layers are gathered by all
+            logprobs.append(0.0 * self.policy(one_token(0, self.device)).logprobs.sum())
         return -torch.stack(logprobs).sum(), sum(len(completion) for _, completion in pairs)
 
-    @rank_zero_only
     def on_fit_end(self) -> None:
         """Export."""
         if self.export_to is not None:
             assert self.policy is not None
-            export(self.policy.model, self.tokenizer, Path(self.export_to), getattr(torch, self.export_dtype))
+            folder, dtype = Path(self.export_to), getattr(torch, self.export_dtype)
+            export(self.policy.model, self.tokenizer, folder, dtype, writes=self.trainer.is_global_zero)
 
 
 def demonstration_ids(record: Record, tokenizer: Any) -> list[int]:
@@ -154,9 +163,23 @@ def as_rollouts(pairs: Sequence[tuple[list[int], list[int]]], device: Any) -> Ro
     )
 
 
-def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> str:
-    """Write a model as a transformers folder and say its digest, which is returned."""
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in untied(model.state_dict()).items()}
+def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, writes: bool = True) -> str | None:
+    """Write a model as a transformers folder and say its digest, which is returned.
+
+    Args:
+        model: of transformers; sharded or not.
+        tokenizer: that goes with it.
+        folder: made if it is not there.
+        dtype: of the written weights.
+        writes: False on all ranks but one; they take part in gathering the weights.
+    """
+    weights = {}
+    for name, tensor in untied(model.state_dict()).items():
+        everything = whole(tensor).detach()
+        if writes:
+            weights[name] = everything.to("cpu", dtype)
+    if not writes:
+        return None
     digest = weights_digest(weights)
     model.save_pretrained(folder, state_dict=weights)
     config = copy.deepcopy(model.config)
@@ -171,7 +194,7 @@ def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without second names of the same tensor, such as an output layer tied to the embedding."""
     first: dict[int, str] = {}
     for name, tensor in weights.items():
-        first.setdefault(tensor.data_ptr(), name)
+        first.setdefault(local(tensor).data_ptr() or id(tensor), name)
     return {name: weights[name] for name in first.values()}
 
 

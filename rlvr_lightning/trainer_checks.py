@@ -21,12 +21,7 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
         trainer: whose settings are checked.
         stored: dtype of the weights.
     """
-    if trainer.world_size > 1 and not isinstance(trainer.strategy, Sharded):
-        raise ValueError(
-            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported in {trainer.world_size} processes; "
-            "set it to rlvr_lightning.strategy.Sharded (whole copies of the model: shard: 1, replicate: the number "
-            "of processes)"
-        )
+    check_strategy(trainer)
     precision = trainer.precision
     if isinstance(trainer.strategy, Sharded) and precision != "32-true":
         raise ValueError(
@@ -40,6 +35,16 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
         raise ValueError("trainer.precision: bf16-mixed is for float32 weights; with dtype: bfloat16 leave it out")
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"trainer.precision: {precision} is not supported; leave it out and set model.dtype")
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise ValueError for several processes under another strategy than ours."""
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, Sharded):
+        raise ValueError(
+            f"trainer.strategy: {type(trainer.strategy).__name__} is not supported in {trainer.world_size} processes; "
+            "set it to rlvr_lightning.strategy.Sharded (whole copies of the model: shard: 1, replicate: the number "
+            "of processes)"
+        )
 
 
 def check_reference(kind: str, kl_coef: float) -> None:

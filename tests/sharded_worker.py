@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -9,21 +10,27 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_causal_lm  # noqa: F401 (sets one thread)
+from lightning.pytorch import Trainer
 from precision_modes import MODES
-from test_grpo import Constant, Digits, Prompts, fit, module  # noqa: F401
+from test_grpo import Constant, Digits, Prompts, module
 
+from rlvr_lightning.data.prompts import PromptData
+from rlvr_lightning.delta.tensor import whole
 from rlvr_lightning.experience import Batching, Handling
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim.release import GradientRelease
-from rlvr_lightning.policy import LoRA
+from rlvr_lightning.policy import TINY, LoRA
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sampling
+from rlvr_lightning.sft import SFT
 from rlvr_lightning.strategy import Sharded
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-PROMPTS = 8
+PROMPTS = 12  # in a step: a whole number for 1, 2, 3 and 4 processes
 KL = Objective(kl_coef=0.1)
+LR = 0.03  # small enough that differences in rounding change no sampled token in 20 steps
+OURS = {name: partial(make, lr=LR) for name, make in MODES.items()}
 
 
 class SameForSome(Reward):
@@ -34,26 +41,28 @@ class SameForSome(Reward):
 
 
 def torch_sgd(momentum: float = 0.0):
-    return partial(torch.optim.SGD, lr=0.5, momentum=momentum)
+    return partial(torch.optim.SGD, lr=LR, momentum=momentum)
 
 
 WHOLE = Batching(micro_batch=4 * PROMPTS)
 CASES: dict[str, dict] = {
-    "sgd": {},
+    "sgd": {"optimizer": torch_sgd()},
     "momentum": {"optimizer": torch_sgd(0.9)},
     "rmsprop": {"optimizer": partial(torch.optim.RMSprop, lr=1e-3)},
     "adamw": {"optimizer": partial(torch.optim.AdamW, lr=1e-3)},
-    "lora": {"lora": LoRA(rank=2), "objective": KL},
+    "lora": {"lora": LoRA(rank=2), "objective": KL, "optimizer": partial(torch.optim.SGD, lr=0.02)},
     "minibatches": {"batching": Batching(minibatches=2, passes=2, micro_batch=4), "objective": KL},
     "signal on some": {"rewards": {"r": SameForSome()}, "batching": Batching(micro_batch=2)},
     "no signal": {"rewards": {"r": Constant()}},
     "resample": {"rewards": {"r": SameForSome()}, "handling": Handling(resample_rounds=2)},
     "layers": {"strategy": {"rollout": "layers"}, "batching": Batching(rollout_batch=3)},
     "checkpointing": {"activation_checkpointing": True, "objective": KL},
-    "bf16 compute": {"compute_dtype": "bfloat16"},
-    "bf16 reduce": {"strategy": {"reduce_dtype": "bfloat16"}},
+    "bf16 compute": {"compute_dtype": "bfloat16", "optimizer": partial(torch.optim.SGD, lr=1e-3)},
+    "bf16 reduce": {"strategy": {"reduce_dtype": "bfloat16"}, "optimizer": partial(torch.optim.SGD, lr=1e-3)},
     "offload": {"strategy": {"cpu_offload": True}},
-    **{f"{name}": {"optimizer": make, "dtype": "bfloat16", "objective": KL} for name, make in MODES.items()},
+    "replicas": {"strategy": {"replicate": "all"}, "objective": KL},
+    "sft": {"sft": True},
+    **{f"{name}": {"optimizer": make, "dtype": "bfloat16", "objective": KL} for name, make in OURS.items()},
     **{
         f"{name} released": {
             "optimizer": make,
@@ -62,15 +71,23 @@ CASES: dict[str, dict] = {
             "batching": WHOLE,
             "gradient_release": GradientRelease(),
         }
-        for name, make in MODES.items()
+        for name, make in OURS.items()
     },
     "delayed": {
-        "optimizer": MODES["split"],
+        "optimizer": OURS["split"],
         "dtype": "bfloat16",
         "batching": WHOLE,
         "gradient_release": GradientRelease(clip="delayed"),
     },
-    "copy": {"optimizer": MODES["split"], "dtype": "bfloat16", "objective": KL, "reference": "copy"},
+    "replicas released": {
+        "strategy": {"replicate": "all"},
+        "optimizer": OURS["split"],
+        "dtype": "bfloat16",
+        "objective": KL,
+        "batching": WHOLE,
+        "gradient_release": GradientRelease(clip="delayed"),
+    },
+    "copy": {"optimizer": OURS["split"], "dtype": "bfloat16", "objective": KL, "reference": "copy"},
 }
 
 
@@ -98,30 +115,47 @@ class Watched(GRPO):
         super().log_dict(values, *args, **kwargs)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    full = getattr(tensor.detach(), "full_tensor", None)
-    return full() if full else tensor.detach().clone()
+class Demos(Prompts):
+    """Prompts with demonstrations of unlike length."""
+
+    def __getitem__(self, index):
+        return self.records[index] | {"demonstration": "=12" * (1 + index % 3)}
+
+
+def data(**splits) -> PromptData:
+    return PromptData(str(TINY), **splits, prompts_per_step=PROMPTS, val_batch=3, seed=5)
+
+
+def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -> dict:
+    """Metrics and whole weights after some steps."""
+    strategy = Sharded(timeout_s=60, **settings) if WORLD > 1 else "auto"
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    place = {"accelerator": "cpu", "devices": WORLD, "strategy": strategy, "default_root_dir": out, "logger": False}
+    trainer = Trainer(max_steps=steps, check_val_every_n_epoch=8, num_sanity_val_steps=0, **place, **quiet)
+    trainer.fit(model, datamodule=prompts)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {"weights": {n: whole(p).detach().clone() for n, p in model.policy.named_parameters()}, "val": metrics}
 
 
 def run(folder: str, case: dict, steps: int, out: Path) -> dict:
     case = dict(case)
     settings = case.pop("strategy", {})
-    strategy = Sharded(timeout_s=60, **settings) if WORLD > 1 else "auto"
+    if settings.get("replicate") == "all":
+        settings = {"replicate": WORLD}
     torch.manual_seed(0)
-    model = module(folder, **{"sampling": Sampling(max_tokens=9, temperature=0.8), **case})
+    if case.pop("sft", False):
+        demos = data(train=Demos(12), val={"a": Demos(4)})
+        return trained(SFT(folder, partial(torch.optim.SGD, lr=0.1)), demos, steps, out, settings)
+    model = module(folder, **{"optimizer": torch_sgd(), "sampling": Sampling(max_tokens=9, temperature=0.8), **case})
     model.__class__ = Watched
-    fit(model, out, steps, PROMPTS, strategy=strategy, devices=WORLD, logger=True)
-    return {
-        "weights": {n: whole(p) for n, p in model.policy.named_parameters()},
-        "seen": sorted(model.seen),
-        "told": model.told,
-    }
+    found = trained(model, data(train=Prompts(), val={"a": Prompts(5), "b": Prompts(2)}), steps, out, settings)
+    return found | {"seen": sorted(model.seen), "told": model.told}
 
 
 if __name__ == "__main__":
     folder, out, steps, *names = sys.argv[1:]
-    for name in names:
-        found = run(folder, CASES[name], int(steps), Path(out) / "runs")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in names or CASES:
+        found = run(folder, CASES[name], int(steps), Path(out))
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(found, Path(out) / f"{name} {WORLD}.pt")
-            print("done", name, flush=True)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,23 +73,6 @@ def test_losses_equal_the_naive_ones(blank, monkeypatch):
     batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in val]
     monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
     assert float(module.training_step(batch, 0)) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_average_to_the_loss_of_one_process(blank, monkeypatch, world):
-    """DDP averages gradients over ranks; so must the losses, though ranks hold unlike numbers of tokens."""
-    module, _ = fit(blank, steps=1)
-    demos = ArithmeticDemos(num=7, seed=3)
-    batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in demos]
-    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
-
-    def loss(rank, world):
-        module._trainer = SimpleNamespace(global_rank=rank, world_size=world)
-        return float(module.training_step(batch, 0))
-
-    assert sum(loss(rank, world) for rank in range(world)) / world == pytest.approx(loss(0, 1), rel=1e-5)
-    with pytest.raises(ValueError, match="a batch of 7 prompts cannot be shared by 8 processes"):
-        loss(0, 8)
 
 
 def test_loss_falls(blank):

@@ -27,6 +27,12 @@ def local(tensor: Tensor) -> Tensor:
         return (tensor if to_local is None else to_local()).detach()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all of its shards, which all ranks must ask for together; any other as it is."""
+    full: Any = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
 def first_entry(tensor: Tensor) -> int:
     """Where this rank's shard begins in the whole tensor laid out in row-major order; 0 for any other tensor.
 
