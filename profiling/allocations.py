@@ -1,7 +1,8 @@
 """Who holds how many bytes of tensors at the worst moment: every storage counted from its birth to its death.
 
 Works on any device: a dispatch mode sees each tensor that an operation returns, in the forward and the backward pass
-alike. What happens inside an operation (a library's packed copy of a matrix) is not a tensor and not seen.
+alike, and each storage that is made larger or smaller (FSDP frees and refills those of gathered weights). What happens
+inside an operation (a library's packed copy of a matrix) is not a tensor and not seen.
 """
 
 from __future__ import annotations
@@ -79,6 +80,23 @@ class AllocationCounter(TorchDispatchMode):
         """Begin a new peak at what is alive now."""
         self.peak_bytes, self.peak_by_owner = self._total, self.live()
 
+    def __enter__(self) -> AllocationCounter:
+        """Start counting."""
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def counted(storage: Any, size: int) -> Any:
+            result = resize(storage, size)
+            self._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = counted  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Stop counting what is made; what is there is still counted until it goes."""
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages that it made."""
         out = func(*args, **kwargs or {})
@@ -103,6 +121,17 @@ class AllocationCounter(TorchDispatchMode):
                 self._owner[key] = owner
         if self._total > self.peak_bytes:
             self.reset_peak()
+
+    def _resized(self, storage: Any) -> None:
+        """No dispatcher sees this."""
+        key = storage._cdata
+        if key in self._size:
+            grown = storage.nbytes() - self._size[key]
+            self._size[key] += grown
+            self._by_owner[self._owner[key]] += grown
+            self._total += grown
+            if self._total > self.peak_bytes:
+                self.reset_peak()
 
     def _gone(self, key: int) -> None:
         size = self._size.pop(key)
