@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def test_a_second_signal_leaves_at_once_and_saves_nothing(tmp_path):
     for line in process.stderr:
         if "once more to leave at once" in line:
             break
+    time.sleep(1.2)  # sooner, it would count as the same, passed on by a launcher
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
