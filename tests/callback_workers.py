@@ -15,8 +15,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 
-def sharded(rank: str, folder: str) -> None:
-    """One of two ranks: counts a sharded, a replicated and a plain parameter; writes RANK.json."""
+def mixed(out: str) -> None:
+    """One of two ranks: counts a sharded, a replicated and a plain parameter; writes `mixed RANK.json`."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -24,25 +24,26 @@ def sharded(rank: str, folder: str) -> None:
     from rlvr_lightning.callbacks.change_meter import ChangeMeter
     from rlvr_lightning.callbacks.optimizer_state import count_state
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
+    dist.init_process_group("gloo")
+    first = dist.get_rank() == 0
     mesh = init_device_mesh("cpu", (2,))
     shard = nn.Parameter(distribute_tensor(torch.ones(7, 5), mesh, [Shard(0)]))  # 4 + 3 rows
     copy = nn.Parameter(distribute_tensor(torch.ones(3), mesh, [Replicate()]))
     plain = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([shard, copy, plain], lr=1.0, momentum=0.9)
-    meter = ChangeMeter(optimizer, {}, ["bf16"], Path(folder), total=False, first_rank=rank == "0")
+    meter = ChangeMeter(optimizer, {}, ["bf16"], Path(out), total=False, first_rank=first)
     meter.before_step()
     for weight in (shard, copy, plain):
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     counts = meter.counts()
-    entries = count_state(optimizer, first_rank=rank == "0")
+    entries = count_state(optimizer, first_rank=first)
     owned = torch.tensor(sum(entry.owned_bytes for entry in entries))
     dist.all_reduce(counts)
     dist.all_reduce(owned)
     local = sum(entry.local_bytes for entry in entries)
     result = {"counts": counts.tolist(), "owned": int(owned), "local": local}
-    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    Path(out, f"mixed {dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
@@ -212,8 +213,11 @@ class Seen:
 
 
 def training(folder: str, out: str, *cases: str) -> None:
-    """Runs cases of `trained`; each process writes CASE WORLD RANK.json."""
+    """Runs cases of `trained`, and `mixed`; each process writes CASE WORLD RANK.json."""
     for case in cases:
+        if case == "mixed":
+            mixed(out)
+            continue
         found = trained(folder, Path(out), case)
         name = f"{case} {os.environ.get('WORLD_SIZE', 1)} {found['rank']}.json"
         Path(out, name).write_text(json.dumps(found))
@@ -222,4 +226,4 @@ def training(folder: str, out: str, *cases: str) -> None:
 if __name__ == "__main__":
     import conftest  # noqa: F401 (sets one thread)
 
-    {"sharded": sharded, "interruptible": interruptible, "training": training}[sys.argv[1]](*sys.argv[2:])
+    {"interruptible": interruptible, "training": training}[sys.argv[1]](*sys.argv[2:])

@@ -17,8 +17,8 @@ from test_grpo import TINY, load_tokenizer
 
 WORKERS = str(Path(__file__).with_name("callback_workers.py"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-WORLDS = {2: ["split", "adamw", "released"], 4: ["split", "replicas"]}
-RUNS = [(world, case) for world, cases in WORLDS.items() for case in cases]
+WORLDS = {2: ["mixed", "split", "adamw", "released"], 4: ["split", "replicas"]}
+RUNS = [(world, case) for world, cases in WORLDS.items() for case in cases if case != "mixed"]
 ROWS = 2003  # of the embedding, so that it is by far the largest tensor
 UPDATE, MEMORY = "update/changed_entries", ("optimizer_state", "weights", "gradients")
 
@@ -99,6 +99,14 @@ def test_no_full_tensor_is_built_and_nothing_gathered(out: Path, world: int, cas
         assert 0 < found["largest_allocation"] < 0.6 * found["largest_weight"]
         assert "c10d::allreduce_" in found["collectives"]
         assert set(found["collectives"]) <= {"c10d::allreduce_", "c10d::broadcast_", "c10d::barrier"}
+
+
+def test_sharded_replicated_and_plain_tensors_count_once_each(out: Path) -> None:
+    results = [json.loads((out / f"mixed {rank}.json").read_text()) for rank in range(2)]
+    for result in results:
+        assert result["counts"] == [[[[35, 0], [35, 0]], [[3, 0], [3, 0]], [[2, 0], [2, 0]]]]
+        assert result["owned"] == (35 + 3 + 2) * 4
+    assert [result["local"] for result in results] == [(20 + 3 + 2) * 4, (15 + 3 + 2) * 4]
 
 
 def test_shards_are_uneven_and_some_are_empty(out: Path) -> None:
