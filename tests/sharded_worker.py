@@ -62,7 +62,10 @@ CASES: dict[str, dict] = {
     "offload": {"strategy": {"cpu_offload": True}},
     "replicas": {"strategy": {"replicate": "all"}, "objective": KL},
     "sft": {"sft": True},
-    **{f"{name}": {"optimizer": make, "dtype": "bfloat16", "objective": KL} for name, make in OURS.items()},
+    **{
+        f"{name}": {"optimizer": make, "dtype": "bfloat16", "objective": KL, "batching": WHOLE}
+        for name, make in OURS.items()
+    },
     **{
         f"{name} released": {
             "optimizer": make,
@@ -87,7 +90,7 @@ CASES: dict[str, dict] = {
         "batching": WHOLE,
         "gradient_release": GradientRelease(clip="delayed"),
     },
-    "copy": {"optimizer": OURS["split"], "dtype": "bfloat16", "objective": KL, "reference": "copy"},
+    "copy": {"optimizer": OURS["split"], "dtype": "bfloat16", "objective": KL, "reference": "copy", "batching": WHOLE},
 }
 
 
