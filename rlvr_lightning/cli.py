@@ -169,8 +169,8 @@ def quieten() -> None:
         ".*when logging on epoch level in distributed setting.*",  # what is logged is of all ranks already
     ):
         warnings.filterwarnings("ignore", text)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_news)
+    for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.{name}").addFilter(_is_news)
     for name in ("lightning.fabric.utilities.distributed", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.WARNING)
@@ -178,4 +178,6 @@ def quieten() -> None:
 
 def _is_news(record: logging.LogRecord) -> bool:
     message = record.getMessage()
-    return not message.startswith(("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1", "-----"))
+    return not message.startswith(
+        ("GPU available", "TPU available", "HPU available", "Tip:", "\U0001f4a1", "-----", "`weights_only`")
+    )

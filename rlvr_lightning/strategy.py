@@ -11,6 +11,7 @@ in `reduce_dtype`, and rounded to the weights' dtype after that. The optimizer s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -52,7 +54,8 @@ class Sharded(ModelParallelStrategy):
             each of its `layers` whenever it runs (two layers' memory, and traffic for every token).
         cpu_offload: keep shards, gradients and optimizer state in host memory.
         checkpoints: each process writes its part (`sharded`), or the first writes all in one file (`consolidated`).
-        timeout_s: how long a process waits for the others before it gives up with an error.
+        timeout_s: how long a process waits for the others, at the start and in every collective call, before it gives
+            up with an error.
     """
 
     def __init__(
@@ -80,7 +83,10 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Start the processes' group and arrange them in a mesh of replicas and shards."""
         ParallelStrategy.setup_environment(self)
-        self._setup_distributed()
+        try:
+            self._setup_distributed()
+        except dist.DistError as error:
+            raise ValueError(self._not_met(error)) from error
         watch.start({child.pid: child for child in getattr(self.launcher, "procs", ())})
         shard = max(1, self.world_size // self.replicate) if self.shard == "auto" else self.shard
         if shard * self.replicate != self.world_size:
@@ -91,6 +97,14 @@ class Sharded(ModelParallelStrategy):
         self._device_mesh = init_device_mesh(self.root_device.type, (self.replicate, shard), mesh_dim_names=AXES)
         if self.lightning_module is not None:
             self.lightning_module._device_mesh = self._device_mesh
+
+    def _not_met(self, error: BaseException) -> str:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        within = f" within trainer.strategy.timeout_s ({self._timeout})"
+        return (
+            f"trainer: {self.world_size} processes (devices times num_nodes) did not meet at {where}{within}; start the "
+            f"same command on every node, where that address can be reached: {str(error).splitlines()[0]}"
+        )
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other processes, which may wait for this one."""

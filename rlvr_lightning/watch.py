@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -79,6 +80,7 @@ class Watch:
         self._closed = threading.Event()
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._missed: set[int] = set()
+        self._store_is_gone = False
         self._looked_s = time.monotonic()
         self.store.set(f"watch/who/{rank}", json.dumps([self.host, os.getpid()]))
         self.store.set(f"watch/beat/{rank}", "0")
@@ -99,7 +101,7 @@ class Watch:
                 if found:
                     found = self.conclude(found)
             except (RuntimeError, ValueError):
-                found = self._storeless()
+                self._store_is_gone, found = True, self._storeless()
             if found and self._end(found):
                 return
 
@@ -195,6 +197,9 @@ class Watch:
         deadline_s = self.failing_since_s + patience_s(error)
         while not self.cause and time.monotonic() < deadline_s and self._thread.is_alive():
             time.sleep(0.1)
+        if self._store_is_gone:
+            self.cause = self.cause or self._storeless()
+            return
         try:
             self.store.add(self._key_of(one_line(error)), 1)
             self.conclude(Cause(rank=self.rank, host=self.host, pid=os.getpid(), how=what_happened(error)))
@@ -223,10 +228,10 @@ class Watch:
 
     def tell(self, text: str | None = None) -> None:
         """Say the cause, or something better, on stderr, unless another process of this machine has."""
-        try:
-            first = self.store.add(f"watch/told/{self.machine or self.rank}", 1) == 1
-        except (RuntimeError, ValueError):
-            first = True
+        first = True
+        if not self._store_is_gone:
+            with suppress(RuntimeError, ValueError):
+                first = self.store.add(f"watch/told/{self.machine or self.rank}", 1) == 1
         if first and (text or self.cause):
             print(f"\nerror: {text or f'{self.cause}; this ends the other processes'}", file=sys.stderr, flush=True)
 
@@ -235,6 +240,8 @@ class Watch:
         if self._closed.is_set():
             return
         self._closed.set()
+        if self._store_is_gone:
+            return
         try:
             self.store.set(f"watch/beat/{self.rank}", "left")
             deadline_s = time.monotonic() + 3 * EVERY_S
