@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -36,6 +36,7 @@ from torch.distributed.fsdp import (
 )
 
 from rlvr_lightning import watch
+from rlvr_lightning.checkpoint.sharded import ShardedCheckpoints
 from rlvr_lightning.policy import Policy, compute_dtype_of
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.hf import Runner
@@ -43,7 +44,7 @@ from rlvr_lightning.rollout.hf import Runner
 AXES = ("replicate", "shard")
 
 
-class Sharded(ModelParallelStrategy):
+class Sharded(ShardedCheckpoints):
     """FSDP2: each process holds a share of weights, gradients and optimizer state.
 
     Args:

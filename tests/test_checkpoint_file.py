@@ -30,7 +30,8 @@ from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, SinceStart
 from rlvr_lightning.checkpoint.rest import to_bytes
 from rlvr_lightning.checkpoint.restore import restore_
 from rlvr_lightning.checkpoint.start import Start
-from rlvr_lightning.checkpoint.state import Reader, StoredState
+from rlvr_lightning.checkpoint.state import Reader
+from rlvr_lightning.checkpoint.stored import StoredState
 from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.heap import give_back
 from rlvr_lightning.optim import SGD

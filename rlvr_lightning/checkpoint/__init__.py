@@ -1,5 +1,6 @@
-"""Checkpoints that hold what changed since the start of a run: one file each, atomic, exact to resume from."""
+"""Checkpoints that are whole or absent, exact to resume from, and may hold only what changed since the start."""
 
-from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, DeltaCheckpoints, check_readable
+from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, check_readable
+from rlvr_lightning.checkpoint.module import DeltaCheckpoints
 
 __all__ = ["DeltaCheckpointIO", "DeltaCheckpoints", "check_readable"]

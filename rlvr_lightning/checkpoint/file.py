@@ -29,7 +29,12 @@ LENGTH = 4
 _CHUNK_BYTES = 1 << 22
 _HEADER_BYTES = 100_000_000  # the most that safetensors allows
 _WIDE = 1 << 60  # stands for numbers not yet known when room is left for the header
-_HOST = re.sub(r"[^\w.]", "_", socket.gethostname()) or "localhost"
+_HOST = re.sub(r"\W", "_", socket.gethostname()) or "localhost"
+
+
+def temporary_name(path: Path, ending: str = "part") -> str:
+    """Of a file or folder that this process is about to put at a path; see `sweep`."""
+    return f".{path.name}.{_HOST}-{os.getpid()}.{ending}"
 
 
 class Writer:
@@ -53,7 +58,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.parent / f".{self.path.name}.{_HOST}-{os.getpid()}.part"
+        self.temporary = self.path.parent / temporary_name(self.path)
         self.file = self.temporary.open("wb")
         self.file.seek(8 + self.reserved)
         return self
@@ -87,8 +92,8 @@ class Writer:
             metadata: more objects, of at most 4000 characters in all.
         """
         self.metadata |= metadata
-        checksum = hashlib.sha256(self._header(self.sizes, "") + self.hash.digest()).hexdigest()
-        header = self._header(self.sizes, checksum).ljust(self.reserved)
+        self.checksum = hashlib.sha256(self._header(self.sizes, "") + self.hash.digest()).hexdigest()
+        header = self._header(self.sizes, self.checksum).ljust(self.reserved)
         assert len(header) == self.reserved
         self.file.seek(0)
         self.file.write(len(header).to_bytes(8, "little") + header)
@@ -109,17 +114,23 @@ class Writer:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what writers that are dead now left half written: on this host by their pid, of others after a day."""
-    for path in folder.glob(".*.part"):
-        found = re.fullmatch(r"\..+\.(.+)-(\d+)\.part", path.name)
+    """Tidy up after writers that are dead now: on this host by their pid, of others after a day.
+
+    What they left half written (`.part`) is deleted. What they had moved aside (`.old`) goes back, unless its successor
+    is in its place.
+    """
+    for path in folder.glob(".*"):
+        found = re.fullmatch(r"\.(.+)\.(\w+)-(\d+)\.(part|old)", path.name)
         if not found:
             continue
         with suppress(FileNotFoundError):
             dead = time.time() - path.stat().st_mtime > 86400
-            if found[1] == _HOST:
-                dead = not _alive(int(found[2]))
-            if dead:
-                path.unlink()
+            if found[2] == _HOST:
+                dead = not _alive(int(found[3]))
+            if dead and found[4] == "old" and not (folder / found[1]).exists():
+                path.rename(folder / found[1])
+            elif dead:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _alive(pid: int) -> bool:
@@ -153,12 +164,16 @@ def metadata_of(path: Path) -> dict[str, Any] | None:
 class Container:
     """A container whose every byte has been checked, and its blobs, read one at a time.
 
+    Args:
+        path: of the file.
+        check: False if another process checks all bytes after the header.
+
     Raises:
         ValueError: it is truncated or altered, or of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, check: bool = True) -> None:
+        self.path, self.check = path, check
         with path.open("rb") as file:
             try:
                 self._open(file)
@@ -183,14 +198,14 @@ class Container:
             raise ValueError(
                 f"checkpoint: {self.path} has version {metadata['version']!r}, this program reads {VERSION!r}"
             )
-        checksum = metadata["checksum"]
+        self.checksum: str = metadata["checksum"]
         if canonical(header).ljust(header_bytes) != text:
             raise self.damaged("its header is not as it was written")
         metadata["checksum"] = ""
         rest = hashlib.sha256()
-        while piece := file.read(_CHUNK_BYTES):
+        while self.check and (piece := file.read(_CHUNK_BYTES)):
             rest.update(piece)
-        if hashlib.sha256(canonical(header) + rest.digest()).hexdigest() != checksum:
+        if self.check and hashlib.sha256(canonical(header) + rest.digest()).hexdigest() != self.checksum:
             raise self.damaged("its checksum differs")
         texts = set(metadata) - {"format", "version", "checksum"}
         self.metadata: dict[str, Any] = {name: json.loads(metadata[name]) for name in texts}
@@ -202,8 +217,8 @@ class Container:
                 raise self.damaged(f"{name!r} lies outside of it")
             self.places[name] = (at + start, at + end)
 
-    def blobs(self, name: str) -> Iterator[bytes]:
-        """The blobs of a tensor, in order."""
+    def blobs(self, name: str, first: int = 0) -> Iterator[bytes]:
+        """The blobs of a tensor, in order, from the given one on."""
         at, end = self.places[name]
         with self.path.open("rb") as file:
             while at < end:
@@ -212,4 +227,7 @@ class Container:
                 at += LENGTH + size
                 if at > end:
                     raise self.damaged(f"a blob of {name!r} is cut")
-                yield file.read(size)
+                if first:
+                    first -= 1
+                else:
+                    yield file.read(size)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.checkpoint.state import Reader
+from rlvr_lightning.checkpoint.stored import Source
 
 Record = dict[str, Any]
 
@@ -24,7 +25,8 @@ def lift_state(states: list[Record]) -> tuple[list[Record], dict[str, Tensor]]:
         for key, values in state.get("state", {}).items():
             small[key] = {}
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.numel() > 1 and not value.is_complex():
+                large = isinstance(value, DTensor) or (isinstance(value, Tensor) and value.numel() > 1)
+                if large and not value.is_complex():
                     lifted[f"optimizer/{index}/{key}/{name}"] = value
                 else:
                     small[key][name] = value
@@ -58,9 +60,9 @@ def to_bytes(rest: Record) -> bytes:
     return found
 
 
-def from_bytes(reader: Reader) -> Record:
+def from_bytes(reader: Source) -> Record:
     """Read what `to_bytes` made; it may not unpack to more than it is."""
-    blob = b"".join(reader.file.blobs("rest"))
+    blob = reader.rest()
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
             files = archive.infolist()
@@ -70,5 +72,5 @@ def from_bytes(reader: Reader) -> Record:
         if not all(isinstance(optimizer["state"], dict) for optimizer in checkpoint.get("optimizer_states", [])):
             raise ValueError("state")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, pickle.PickleError, zipfile.BadZipFile):
-        raise reader.file.damaged("what is not tensors cannot be read") from None
+        raise reader.damaged("what is not tensors cannot be read") from None
     return dict(checkpoint)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.delta.digest import digest_state, ties
-from rlvr_lightning.delta.tensor import flat_bits
+from rlvr_lightning.delta.digest import combine, tensor_digest, ties
+from rlvr_lightning.delta.tensor import flat_bits, local, whole
+from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.reference import Reference
 
 
@@ -40,11 +41,21 @@ def in_base(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: p for name, p in module.named_parameters() if p.element_size() == 2}, {}
 
 
-def base_digest(module: nn.Module) -> str | None:
-    """Digest of what `in_base` lists as it is now, by the names of the model's own folder; None if that is nothing."""
+def base_digest(module: nn.Module, ranks: Ranks = ALONE) -> str | None:
+    """Digest of what `in_base` lists as it is now, by the names of the model's own folder; None if that is nothing.
+
+    Args:
+        module: sharded or not; shards are gathered one tensor at a time, so that sharding changes no digest.
+        ranks: that hold the shards between them, and share the work.
+    """
     moving, frozen = in_base(module)
-    found = {model_name(name): p.detach() for name, p in (moving | frozen).items()}
-    return digest_state(found) if found else None
+    mine = []
+    for index, (name, parameter) in enumerate((moving | frozen).items()):
+        everything = whole(parameter.detach())
+        if index % ranks.size == ranks.rank:
+            mine.append((model_name(name), tensor_digest(model_name(name), everything)))
+    found = [pair for part in ranks.gather(mine) for pair in part]
+    return combine(found) if found else None
 
 
 def model_name(name: str) -> str:
@@ -66,28 +77,33 @@ def about_model(module: Any) -> dict[str, Any]:
 
 
 class Start:
-    """The weights of a module as they are when this is made.
+    """The weights of a module as they are when this is made; of sharded ones, this rank's parts.
 
     Args:
         module: with all its parameters in memory.
         reference: of the module's KL term, if there is one; made at the same moment.
         folder: for a copy of what no reference keeps; None on ranks that write no checkpoints.
+        ranks: that hold the weights between them.
 
     Raises:
-        ValueError: weights are sharded, or the folder has no room.
+        ValueError: weights are sharded by something else than rows, or the folder has no room.
     """
 
-    def __init__(self, module: nn.Module, reference: Reference | None, folder: Path | None) -> None:
-        sharded = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
-        if sharded:
-            raise ValueError(f"DeltaCheckpointIO: {sharded[0]!r} is sharded; use the strategy's own checkpoints")
+    def __init__(
+        self, module: nn.Module, reference: Reference | None, folder: Path | None, ranks: Ranks = ALONE
+    ) -> None:
+        for name, parameter in module.named_parameters():
+            check_rows(name, parameter)
         self.moving, self.frozen = in_base(module)
-        self.digest = base_digest(module)
+        self.digest = base_digest(module, ranks)
         self.reference = reference if reference is not None and not reference.adapter else None
         self.copy = TensorFile(folder, self.moving) if folder and self.moving and self.reference is None else None
 
     def value(self, name: str) -> Tensor | None:
-        """A parameter's value at the start, a new tensor; None if it is not in the base, or not kept by this rank."""
+        """A parameter's value at the start, a new tensor, of a sharded one this rank's part.
+
+        None if it is not in the base, or not kept by this rank.
+        """
         parameter = self.moving.get(name)
         if parameter is None:
             return None
@@ -114,11 +130,12 @@ class TensorFile:
             folder.mkdir(parents=True, exist_ok=True)
             self.file: BinaryIO = tempfile.TemporaryFile(dir=folder, prefix=".start_")  # noqa: SIM115
             for name, tensor in tensors.items():
-                self.places[name] = (self.file.tell(), tensor.dtype, tensor.shape)
-                self.file.write(_bytes(tensor.detach().cpu()))
+                part = local(tensor)
+                self.places[name] = (self.file.tell(), part.dtype, part.shape)
+                self.file.write(_bytes(part.cpu()))
             self.file.flush()
         except OSError as error:
-            total = sum(tensor.nbytes for tensor in tensors.values())
+            total = sum(local(tensor).nbytes for tensor in tensors.values())
             raise ValueError(
                 f"DeltaCheckpointIO: cannot keep the start weights ({total} bytes) in {folder}: {error.strerror}; make "
                 "room, or keep a reference (objective.kl_coef above 0)"
@@ -132,6 +149,15 @@ class TensorFile:
         if self.file.readinto(_bytes(tensor)) != tensor.nbytes:  # type: ignore[attr-defined]
             raise ValueError("DeltaCheckpointIO: the file with the start weights cannot be read back")
         return tensor
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless this rank's part of a tensor is a run of its entries."""
+    if isinstance(tensor, DTensor) and not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        raise ValueError(
+            f"DeltaCheckpointIO: {name!r} is not sharded by rows ({tensor.placements}); leave trainer.plugins out, and "
+            "checkpoints are the strategy's own"
+        )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

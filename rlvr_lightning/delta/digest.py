@@ -56,9 +56,10 @@ def ties(state: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     found = {}
     for name, tensor in state.items():
-        tensor = local(tensor)
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        found[name] = first.setdefault(place, name) if tensor.numel() else name
+        entries, tensor = tensor.numel(), local(tensor)
+        memory = tensor.data_ptr() or tensor.untyped_storage()._cdata  # an empty shard lies nowhere
+        place = (tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride())
+        found[name] = first.setdefault(place, name) if entries else name
     return found
 
 
