@@ -16,7 +16,7 @@ from torch import nn
 
 
 def mixed(out: str) -> None:
-    """One of two ranks: counts a sharded, a replicated and a plain parameter; writes `mixed RANK.json`."""
+    """One of two ranks, after a run: counts a sharded, a replicated and a plain parameter; writes `mixed RANK.json`."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -24,7 +24,6 @@ def mixed(out: str) -> None:
     from rlvr_lightning.callbacks.change_meter import ChangeMeter
     from rlvr_lightning.callbacks.optimizer_state import count_state
 
-    dist.init_process_group("gloo")
     first = dist.get_rank() == 0
     mesh = init_device_mesh("cpu", (2,))
     shard = nn.Parameter(distribute_tensor(torch.ones(7, 5), mesh, [Shard(0)]))  # 4 + 3 rows
@@ -44,7 +43,6 @@ def mixed(out: str) -> None:
     local = sum(entry.local_bytes for entry in entries)
     result = {"counts": counts.tolist(), "owned": int(owned), "local": local}
     Path(out, f"mixed {dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 def interruptible(folder: str, total: str, step_s: str, val_s: str, checkpoint: str = "") -> None:

@@ -17,7 +17,7 @@ from test_grpo import TINY, load_tokenizer
 
 WORKERS = str(Path(__file__).with_name("callback_workers.py"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-WORLDS = {2: ["mixed", "split", "adamw", "released"], 4: ["split", "replicas"]}
+WORLDS = {2: ["split", "adamw", "released", "mixed"], 4: ["split", "replicas"]}
 RUNS = [(world, case) for world, cases in WORLDS.items() for case in cases if case != "mixed"]
 ROWS = 2003  # of the embedding, so that it is by far the largest tensor
 UPDATE, MEMORY = "update/changed_entries", ("optimizer_state", "weights", "gradients")
