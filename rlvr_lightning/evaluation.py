@@ -42,9 +42,14 @@ class Evaluated(LightningModule):
         return self.layout.data
 
     @property
+    def run_folder(self) -> Path:
+        """Of the first rank's loggers; all ranks must ask together."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    @property
     def failures_file(self) -> Path:
         """Where completions go that made a reward fail."""
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir) / "reward_failures.jsonl"
+        return self.run_folder / "reward_failures.jsonl"
 
     def validation_step(self, batch: list[Record], batch_idx: int) -> None:
         """Answer the problems of the batch."""

@@ -49,6 +49,9 @@ class Handling:
     """Times a group without reward variance is drawn again before it is skipped."""
     max_failed_frac: float = 0.1
     """Stop when a larger share of a batch's completions made a reward raise or return NaN (they score 0)."""
+    max_nonfinite_steps: int = 5
+    """Stop after so many optimizer steps in a row whose loss or gradient is not finite, keeping the last batch for
+    `replay`; 0 goes on for ever. Such a step changes no weights, and is counted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ Run it: ``python -m rlvr_lightning fit --config sgd.yaml``
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -35,6 +36,7 @@ from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
 from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
+from rlvr_lightning.kept_batch import about_batch, save_batch
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.metrics import facts, score_metrics, summed, token_means
@@ -90,7 +92,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         ValueError: settings that cannot work together, before any weights are loaded.
     """
 
-    counts = ("rollout_step",)  # seeds sampling, so a resumed run goes on with it
+    counts = ("rollout_step", "nonfinite_in_row")  # the first seeds sampling, so a resumed run goes on with it
 
     def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
         self,
@@ -138,6 +140,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.engine: HFEngine = cast(HFEngine, None)
         self.updates: Updates = cast(Updates, None)  # made with the optimizer
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
+        self.nonfinite_in_row = 0  # optimizer steps
         self.layout = Layout()
         self.phase_listeners: list[Callable[[str], None]] = []
         self.last_samples: list[Record] = []
@@ -266,7 +269,20 @@ class GRPO(Evaluated, DeltaCheckpoints):
             shuffle = derive_seed(self.seed, self.rollout_step, "minibatches", pass_)
             for minibatch in experience.minibatches(self.batching.minibatches, shuffle, self.ranks):
                 made.append(self.update(minibatch))
+                self.nonfinite_in_row = self.nonfinite_in_row + 1 if "nonfinite" in made[-1] else 0
+                if self.nonfinite_in_row == self.handling.max_nonfinite_steps > 0:
+                    raise ValueError(self._keep_batch(experience))
         self._log_updates(made)
+
+    def _keep_batch(self, experience: Experience) -> str:
+        """Write the batch down for `replay`; returns why the run stops."""
+        folder = self.run_folder / "not_finite" / f"step_{self.global_step}"
+        save_batch(folder, self.ranks.rank, experience, about_batch(self))
+        self.ranks.any(False)  # all have written
+        return (
+            f"loss or gradient were not finite in {self.nonfinite_in_row} optimizer steps in a row, the limit of "
+            f"handling.max_nonfinite_steps; to see why: python -m rlvr_lightning replay {folder}"
+        )
 
     def update(self, minibatch: Experience) -> dict[str, float]:
         """One optimizer step on a minibatch. Returns sums over this rank's tokens that went through the model."""
@@ -283,7 +299,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         for _ in range(parts - len(micros)):
             self._idle_pass()
         self._phase("optimizer")
-        metrics |= self.updates.finish(cast(LightningOptimizer, self.optimizers()).step)
+        finite = not self.ranks.any(not math.isfinite(metrics.get("loss", 0.0)))
+        metrics |= self.updates.finish(cast(LightningOptimizer, self.optimizers()).step, finite)
         if (scheduler := self.lr_schedulers()) is not None:
             scheduler.step()  # type: ignore[union-attr]
         return metrics

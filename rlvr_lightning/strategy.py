@@ -103,8 +103,8 @@ class Sharded(ShardedCheckpoints):
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         within = f" within trainer.strategy.timeout_s ({self._timeout})"
         return (
-            f"trainer: {self.world_size} processes (devices times num_nodes) did not meet at {where}{within}; start the "
-            f"same command on every node, where that address can be reached: {str(error).splitlines()[0]}"
+            f"trainer: {self.world_size} processes (devices times num_nodes) did not meet at {where}{within}; start "
+            f"the same command on every node, where that address can be reached: {str(error).splitlines()[0]}"
         )
 
     def on_exception(self, exception: BaseException) -> None:

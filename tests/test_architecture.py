@@ -19,6 +19,7 @@ FLOORS = [
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
     {
         "experience",
+        "kept_batch",
         "policy",
         "data",
         "rollout",
@@ -36,6 +37,7 @@ FLOORS = [
         "config_errors",
         "cli",
         "export",
+        "replay",
         "delta_command",
         "records",
         "tables",

@@ -68,11 +68,12 @@ class Updates:
         if self.released:
             self.released.close()
 
-    def finish(self, step: Callable[[], object]) -> dict[str, float]:
+    def finish(self, step: Callable[[], object], finite: bool = True) -> dict[str, float]:
         """Clip and step.
 
         Args:
             step: steps the optimizer.
+            finite: whether the loss was, on all ranks.
 
         Returns:
             `grad_norm` of the whole step before clipping (with released micro-batches, the root of the sum of their
@@ -84,13 +85,13 @@ class Updates:
             norm = math.hypot(*self._norms)
             give_back()
         else:
-            norm = grad_norm(self.parameters, self.shards)
+            norm = grad_norm(self.parameters, self.shards) if finite else math.nan
             if math.isfinite(norm):
                 scale_gradients(self.optimizer, self.parameters, clip_factor(norm, self.max_norm))
             else:  # one bad batch must not end in NaN weights
                 self.optimizer.zero_grad(set_to_none=True)
         step()  # without any gradient a no-op that keeps the count of steps
-        metrics = {"grad_norm": norm} if math.isfinite(norm) else {"nonfinite": 1.0}
+        metrics = {"grad_norm": norm} if finite and math.isfinite(norm) else {"nonfinite": 1.0}
         if isinstance(self.optimizer, SGD):
             metrics["changed"] = float(self.shards.sum(torch.tensor(self.optimizer.total_changed())))
         return metrics
