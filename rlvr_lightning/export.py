@@ -1,9 +1,9 @@
 """`python -m rlvr_lightning export RUN_OR_CHECKPOINT --out DIR`: a kept step as an ordinary model folder.
 
 RUN is a run's folder (`runs/NAME/version_K`), of which any kept step can be had (`--step`, the newest by default), or
-one checkpoint, written by `DeltaCheckpointIO` or by Lightning itself. DIR receives configuration, tokenizer and weights
-(safetensors, in the dtype they were trained in) and is read by transformers and vLLM. Adapters of a LoRA run are merged
-into the weights, which rounds in their dtype. Memory: the model once, and one of its tensors.
+one checkpoint of any kind: of one process or of many, whole or a delta, a file or a folder. DIR receives configuration,
+tokenizer and weights (safetensors, in the dtype they were trained in) and is read by transformers and vLLM. Adapters of
+a LoRA run are merged into the weights, which rounds in their dtype. Memory: the model once, and one of its tensors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rlvr_lightning.checkpoint.file import metadata_of
+from rlvr_lightning.checkpoint.folder import MANIFEST, read_manifest
+from rlvr_lightning.checkpoint.io import is_ours, read, read_file
 from rlvr_lightning.checkpoint.restore import restore_
-from rlvr_lightning.checkpoint.state import Reader
 from rlvr_lightning.delta.digest import digest_state
-from rlvr_lightning.delta.tensor import describe
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer
 
 SHARD = "5GB"
@@ -39,31 +39,35 @@ class Kept:
 
     step: int
     path: Path
-    delta: bool
-    """Written by `DeltaCheckpointIO`."""
 
 
 def kept_steps(source: Path) -> list[Kept]:
-    """The checkpoints of a run, or the one that a file is; oldest step first.
+    """The checkpoints of a run, or the one that a path is; oldest step first. Unreadable ones are named on stderr.
 
     Raises:
         ValueError: there is none.
     """
     if not source.exists():
         raise ValueError(f"export: there is no {source}; give a run's folder or a checkpoint")
-    paths = [source] if source.is_file() else sorted(source.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    kept = [Kept(step, path, ours) for path in paths for step, ours in [_step(path)]]
+    if source.is_file() or (source / MANIFEST).is_file():
+        return [Kept(_step(source), source)]
+    kept = []
+    for path in sorted(source.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime):
+        try:
+            kept.append(Kept(_step(path), path))
+        except ValueError as error:
+            print(f"skipped: {error}", file=sys.stderr)
     if not kept:
         raise ValueError(f"export: {source} has no checkpoints (*.ckpt); give a run's folder or a checkpoint")
     return sorted(kept, key=lambda one: one.step)
 
 
-def _step(path: Path) -> tuple[int, bool]:
-    metadata = metadata_of(path)
-    if metadata is not None:
-        return int(metadata.get("about", {}).get("step") or 0), True
+def _step(path: Path) -> int:
+    known = read_manifest(path) if path.is_dir() else metadata_of(path)
+    if known is not None:
+        return int(known.get("about", {}).get("step") or 0)
     named = re.search(r"step=(\d+)", path.name)
-    return int(named[1]) if named else int(_load_ordinary(path).get("global_step", 0)), False
+    return int(named[1]) if named else int(read_file(path).get("global_step", 0))
 
 
 def choose(kept: Sequence[Kept], step: int | None) -> Kept:
@@ -73,15 +77,6 @@ def choose(kept: Sequence[Kept], step: int | None) -> Kept:
             return one
     steps = ", ".join(str(step) for step in sorted({one.step for one in kept}))
     raise ValueError(f"export: step {step} was not kept; these were: {steps}")
-
-
-def _load_ordinary(path: Path) -> dict[str, Any]:
-    """Lightning's own checkpoint; its tensors stay on disk until they are used."""
-    try:
-        return cast(dict[str, Any], torch.load(path, mmap=True, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises half a dozen kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"export: {path} cannot be read as a checkpoint: {reason}") from None
 
 
 def about_run(path: Path) -> dict[str, Any]:
@@ -118,29 +113,15 @@ def restored(kept: Kept, model: str | None = None) -> tuple[Policy, str]:
     Raises:
         ValueError: the checkpoint is damaged, or does not fit the model.
     """
-    reader = Reader(kept.path) if kept.delta else None
-    about = reader.about if reader is not None and "model" in reader.about else about_run(kept.path)
-    about = about | ({"model": model} if model else {})
-    if reader is not None:
-        holder = build(about, from_scratch=not about.get("base_digest"))
-        restore_(holder, reader)
-    else:
-        weights = _load_ordinary(kept.path)["state_dict"]
-        about["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-        holder = build(about, from_scratch=not about.get("lora"))
-        overwrite_(holder, weights, kept.path)
-    return cast(Policy, holder.policy), about["model"]
-
-
-def overwrite_(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Give a module all the weights of an ordinary checkpoint."""
-    state = module.state_dict()
-    for name in sorted({*state} ^ {*weights}):
-        raise ValueError(f"export: {name!r} is not in both {path} and the model; give the right --model")
-    for name, tensor in weights.items():
-        if (tensor.shape, tensor.dtype) != (state[name].shape, state[name].dtype):
-            raise ValueError(f"export: {name!r} is {describe(tensor)} in {path}, but {describe(state[name])} here")
-        state[name].copy_(tensor)
+    checkpoint = read(kept.path) if is_ours(kept.path) else read_file(kept.path)
+    reader = checkpoint["state_dict"].reader
+    about = reader.about or checkpoint.get("about") or {}
+    if "model" not in about:
+        first = reader.specs[f"weights/{reader.weights[0]}"]
+        about = about_run(kept.path) | {"dtype": str(first[1]).removeprefix("torch.")}
+    holder = build(about | ({"model": model} if model else {}), from_scratch=not about.get("base_digest"))
+    restore_(holder, reader)
+    return cast(Policy, holder.policy), model or about["model"]
 
 
 def write_folder(policy: Policy, tokenizer: Any, out: Path) -> str:

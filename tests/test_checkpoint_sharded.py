@@ -15,11 +15,14 @@ import torch
 from checkpoint_ranks import CASES, RUNS, main, place
 from conftest import tiny_causal_lm
 from test_checkpoint_file import Evil
+from transformers import AutoModelForCausalLM
 
+from rlvr_lightning.__main__ import main as export
 from rlvr_lightning.checkpoint import dcp
 from rlvr_lightning.checkpoint.file import sweep, temporary_name
 from rlvr_lightning.checkpoint.folder import read_manifest, remove_whole
 from rlvr_lightning.checkpoint.io import source
+from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.policy import TINY, load_tokenizer
 
 FEW = ["split", "adamw", "tied", "replicated"]
@@ -31,7 +34,7 @@ def ranks(count: int, root: Path, *arguments: str) -> dict:
     worker = str(Path(__file__).with_name("checkpoint_ranks.py"))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", worker]
     done = subprocess.run(
-        [*start, str(root / "model"), str(root), *arguments],
+        [*start, str(root / "split"), str(root), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -46,7 +49,7 @@ def ranks(count: int, root: Path, *arguments: str) -> dict:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     tokenizer = load_tokenizer(str(TINY))
-    for name in ("model", "tied"):
+    for name in ("split", "tied"):
         more = {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": name == "tied"}
         tiny_causal_lm("qwen3", vocab_size=len(tokenizer), **more).save_pretrained(path / name)
         for file in TINY.glob("tokenizer*"):
@@ -78,8 +81,8 @@ def all_there(found: dict, one: dict, two: dict, cases: list[str]) -> None:
 
 def test_saved_by_one_or_two_processes_resumed_by_any_number(root: Path, by_two: dict) -> None:
     goes_on(by_two, FEW)
-    by_one = main(str(root / "model"), root, "save", FEW)
-    all_there(main(str(root / "model"), root, "load", FEW), by_one, by_two, FEW)
+    by_one = main(str(root / "split"), root, "save", FEW)
+    all_there(main(str(root / "split"), root, "load", FEW), by_one, by_two, FEW)
     all_there(ranks(4, root, "load", *FEWER), by_one, by_two, FEWER)
 
 
@@ -88,8 +91,8 @@ def test_so_are_all_optimizers(root: Path) -> None:
     everything = list(CASES)
     by_two = ranks(2, root, "save", *everything)
     goes_on(by_two, everything)
-    by_one = main(str(root / "model"), root, "save", everything)
-    all_there(main(str(root / "model"), root, "load", everything), by_one, by_two, everything)
+    by_one = main(str(root / "split"), root, "save", everything)
+    all_there(main(str(root / "split"), root, "load", everything), by_one, by_two, everything)
     all_there(ranks(4, root, "load", *everything), by_one, by_two, everything)
 
 
@@ -154,6 +157,21 @@ def test_what_a_kill_leaves_is_put_in_order(saved: Path, monkeypatch: pytest.Mon
     assert [path.name for path in folder.iterdir()] == ["a.ckpt"]
     remove_whole(saved)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["split", "tied"])
+def test_export_from_any_form(root: Path, by_two: dict, tmp_path: Path, name: str, capsys) -> None:
+    digests = set()
+    for form in CASES[name].forms:
+        out = tmp_path / form
+        assert export(["export", str(place(root, name, form, 2)), "--out", str(out), "--step", "2"]) == 0
+        said = capsys.readouterr().out
+        assert "exported step 2 (step=2.ckpt)" in said
+        digests.add(said.split()[-1])
+        loaded = AutoModelForCausalLM.from_pretrained(out)
+        assert digest_state(loaded.state_dict()) == said.split()[-1]
+    assert len(digests) == 1
+    assert digests != {digest_state(AutoModelForCausalLM.from_pretrained(root / name).bfloat16().state_dict())}
 
 
 def test_each_process_writes_its_own_share(root: Path, by_two: dict) -> None:

@@ -30,6 +30,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -38,14 +39,14 @@ from rlvr_lightning.checkpoint.contents import Contents, SinceStart, report, wri
 from rlvr_lightning.checkpoint.dcp import DcpReader
 from rlvr_lightning.checkpoint.file import metadata_of, sweep
 from rlvr_lightning.checkpoint.folder import read_manifest
-from rlvr_lightning.checkpoint.rest import from_bytes
+from rlvr_lightning.checkpoint.rest import from_bytes, lift_state
 from rlvr_lightning.checkpoint.state import Reader
-from rlvr_lightning.checkpoint.stored import Source, StoredState, StoredWeights
+from rlvr_lightning.checkpoint.stored import InMemory, Source, StoredState, StoredWeights
 from rlvr_lightning.ranks import ALONE, Ranks
 
 Record = dict[str, Any]
 
-__all__ = ["DeltaCheckpointIO", "SinceStart", "check_readable", "is_ours", "read", "source"]
+__all__ = ["DeltaCheckpointIO", "SinceStart", "check_readable", "is_ours", "read", "read_file", "source"]
 
 
 class DeltaCheckpointIO(TorchCheckpointIO):
@@ -113,6 +114,21 @@ def read(path: Path, ranks: Ranks = ALONE) -> Record:
     for index, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
         optimizer["state"] = StoredState(reader, index, optimizer["state"])
     return checkpoint
+
+
+def read_file(path: Path) -> Record:
+    """A checkpoint that torch wrote, its tensors left on disk until they are used."""
+    try:
+        checkpoint: Record = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        optimizers, state = lift_state(checkpoint.get("optimizer_states", []))
+        reader = InMemory(path, checkpoint["state_dict"], state)
+    except Exception as error:  # torch raises half a dozen kinds
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint: {path} cannot be read as one: {reason}") from None
+    checkpoint["state_dict"] = StoredWeights(reader)
+    for index, optimizer in enumerate(optimizers):
+        optimizer["state"] = StoredState(reader, index, optimizer["state"])
+    return checkpoint | ({"optimizer_states": optimizers} if optimizers else {})
 
 
 def check_readable(path: str | Path | None, trainer: Trainer) -> None:

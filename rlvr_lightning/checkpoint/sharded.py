@@ -26,11 +26,11 @@ from rlvr_lightning.checkpoint.contents import Contents, Written, report, write_
 from rlvr_lightning.checkpoint.dcp import save_tensors
 from rlvr_lightning.checkpoint.file import sweep, temporary_name
 from rlvr_lightning.checkpoint.folder import agree, remove_whole, tried, write_folder
-from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, is_ours, read
-from rlvr_lightning.checkpoint.rest import lift_state, to_bytes
+from rlvr_lightning.checkpoint.io import DeltaCheckpointIO, is_ours, read, read_file
+from rlvr_lightning.checkpoint.rest import to_bytes
 from rlvr_lightning.checkpoint.restore import restore_
 from rlvr_lightning.checkpoint.start import first_names
-from rlvr_lightning.checkpoint.stored import InMemory, StoredState, StoredWeights, everything
+from rlvr_lightning.checkpoint.stored import everything
 from rlvr_lightning.delta.writer import sync_folder
 from rlvr_lightning.ranks import Ranks
 
@@ -189,18 +189,3 @@ def save_file(checkpoint: Record, path: Path) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_file(path: Path) -> Record:
-    """A checkpoint that torch wrote, its tensors left on disk until they are used."""
-    try:
-        checkpoint: Record = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        optimizers, state = lift_state(checkpoint.get("optimizer_states", []))
-        reader = InMemory(path, checkpoint["state_dict"], state)
-    except Exception as error:  # torch raises half a dozen kinds
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"checkpoint: {path} cannot be read as one: {reason}") from None
-    checkpoint["state_dict"] = StoredWeights(reader)
-    for index, optimizer in enumerate(optimizers):
-        optimizer["state"] = StoredState(reader, index, optimizer["state"])
-    return checkpoint | ({"optimizer_states": optimizers} if optimizers else {})
