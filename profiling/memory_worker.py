@@ -74,12 +74,12 @@ class Watched(GRPO):
 
     counter: AllocationCounter | None = None
 
-    def load_model(self) -> Any:
+    def load_model(self, empty: bool = False) -> Any:
         """From a folder with a config alone, random weights: only shapes matter for bytes."""
         if list(Path(self.model_name).glob("*.safetensors")):
-            return super().load_model()
+            return super().load_model(empty)
         with torch.device(self.trainer.strategy.root_device):
-            return load_model(self.model_name, self.weights_dtype, from_scratch=True)
+            return load_model(self.model_name, self.weights_dtype, from_scratch=True, empty=empty)
 
     def configure_model(self) -> None:
         """Register the owners that exist before the first step."""

@@ -88,11 +88,11 @@ class Counted(GRPO):
     passes = 0
     """Forward passes of the rollout."""
 
-    def load_model(self) -> Any:
+    def load_model(self, empty: bool = False) -> Any:
         """Random weights: only shapes matter."""
         from rlvr_lightning.policy import load_model
 
-        return load_model(self.model_name, self.weights_dtype, from_scratch=True)
+        return load_model(self.model_name, self.weights_dtype, from_scratch=True, empty=empty)
 
     def configure_model(self) -> None:
         """Count the rollout's forward passes."""

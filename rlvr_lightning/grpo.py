@@ -50,7 +50,7 @@ from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import Rollouts, Sampling, one_token
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
-from rlvr_lightning.strategy import Layout, prepare
+from rlvr_lightning.strategy import Layout, build_policy
 from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer
 
 if TYPE_CHECKING:
@@ -151,9 +151,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         """Load the policy, the reference if a KL term needs one, and the engine around the policy's own weights."""
         if self.policy is not None:
             return
-        model = self.load_model()
-        self.policy = Policy(self.lora.adapt(model) if self.lora else model)
-        self.layout = prepare(self.policy, self._trainer, self.compute_dtype, self.activation_checkpointing)
+        how = (self._trainer, self.compute_dtype, self.activation_checkpointing)
+        self.policy, self.layout = build_policy(self._new_policy, *how)
         if self.objective.kl_coef > 0:
             self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
         self.remember_start(self.reference)
@@ -161,9 +160,13 @@ class GRPO(Evaluated, DeltaCheckpoints):
         size, runner = self.batching.rollout_batch, self.layout.runner(self.policy)
         self.engine = HFEngine(self.policy.model, stops, pad, max_batch=size, runner=runner)
 
-    def load_model(self) -> PreTrainedModel:
-        """The causal LM to train; a subclass may make one of its own."""
-        return load_model(self.model_name, self.weights_dtype)
+    def _new_policy(self, empty: bool) -> Policy:
+        model = self.load_model(empty)
+        return Policy(self.lora.adapt(model) if self.lora else model)
+
+    def load_model(self, empty: bool = False) -> PreTrainedModel:
+        """The causal LM to train, or only its shapes (see `policy.load_model`); a subclass may make one of its own."""
+        return load_model(self.model_name, self.weights_dtype, empty=empty)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, with its schedule."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,13 +81,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False, empty: bool = False
+) -> PreTrainedModel:
     """A causal LM in training mode; only safetensors are read and no code of the repository is run.
 
     Args:
         name: see `resolve_model`.
         dtype: of the stored weights.
         from_scratch: random weights from the config alone, drawn with torch's global generator.
+        empty: no weights at all, only their shapes: on the meta device, from the config alone.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -94,9 +98,10 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, from_scratch: bool
     source = resolve_model(name)
     if sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) < 1 << 30:
         transformers_logging.disable_progress_bar()  # it would be gone before it is read
-    if from_scratch:
+    if from_scratch or empty:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.device("meta") if empty else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     disable_dropout(model)

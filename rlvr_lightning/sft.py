@@ -25,7 +25,7 @@ from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.delta.tensor import local, whole
 from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
 from rlvr_lightning.schema import Rollouts, one_token
-from rlvr_lightning.strategy import Layout, prepare
+from rlvr_lightning.strategy import Layout, build_policy
 from rlvr_lightning.trainer_checks import check_strategy
 
 Record = Mapping[str, Any]
@@ -80,9 +80,11 @@ class SFT(DeltaCheckpoints):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())  # the run's seed, however many numbers were drawn since
-            self.policy = Policy(load_model(self.model_name, from_scratch=self.from_scratch))
-        self.layout = prepare(self.policy, self._trainer)
+            self.policy, self.layout = build_policy(self._new_policy, self._trainer)
         self.remember_start()
+
+    def _new_policy(self, empty: bool) -> Policy:
+        return Policy(load_model(self.model_name, from_scratch=self.from_scratch, empty=empty))
 
     def setup(self, stage: str) -> None:
         """Check the trainer."""

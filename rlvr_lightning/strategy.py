@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -149,27 +150,55 @@ class Layout:
         return Gathered(policy, self.data, self.rollout) if isinstance(policy, FSDPModule) else None
 
 
-def prepare(
-    policy: Policy, trainer: Trainer | None, compute_dtype: str = "auto", activation_checkpointing: bool = False
-) -> Layout:
-    """Make a policy ready to run where the trainer runs: activation checkpointing, arithmetic, sharding.
+def build_policy(
+    make: Callable[[bool], Policy],
+    trainer: Trainer | None,
+    compute_dtype: str = "auto",
+    activation_checkpointing: bool = False,
+) -> tuple[Policy, Layout]:
+    """A policy ready to run where the trainer runs: activation checkpointing, arithmetic, sharding.
+
+    Under `Sharded` the first process alone loads the weights, in host memory, and hands them out tensor by tensor.
 
     Args:
-        policy: changed in place; under `Sharded` its parameters are replaced by shards.
+        make: makes the policy; given True, on the meta device, without weights.
         trainer: None, and any strategy but `Sharded`, means that the whole model is in this process.
         compute_dtype: `float32`, `bfloat16`, or `auto`; see `GRPO`.
         activation_checkpointing: recompute layers in the backward pass.
     """
     strategy = trainer.strategy if trainer is not None else None
+    loads = not isinstance(strategy, Sharded) or strategy.global_rank == 0
+    whole = make(False) if loads else None  # first, so that adapters are drawn as in one process
+    policy = make(True) if isinstance(strategy, Sharded) else cast(Policy, whole)
     if activation_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     device = strategy.root_device if strategy is not None else torch.device("cpu")
     compute = compute_dtype_of(policy, compute_dtype, device)
     if not isinstance(strategy, Sharded):
         policy.compute_in(compute)
-        return Layout()
+        return policy, Layout()
     fully_shard_layers(policy, strategy.device_mesh, compute, strategy)
-    return layout_of(strategy.device_mesh, strategy.root_device, strategy.rollout)
+    policy.to_empty(device=torch.device("cpu") if strategy.cpu_offload else device)
+    fill(policy, whole)
+    return policy, layout_of(strategy.device_mesh, strategy.root_device, strategy.rollout)
+
+
+@torch.no_grad()
+def fill(policy: Policy, whole: Policy | None) -> None:
+    """Give a sharded policy its weights and buffers.
+
+    Args:
+        policy: on its devices, with anything in it.
+        whole: the same with the values, on the first rank; None on the others.
+    """
+    weights = {} if whole is None else whole.state_dict()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy, weights, options=options)
+    values = {} if whole is None else dict(whole.named_buffers())  # those that no state dict holds, too
+    for name, buffer in policy.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
+        dist.broadcast(buffer, src=0)
 
 
 def layout_of(mesh: DeviceMesh, device: torch.device, rollout: Literal["once", "layers"]) -> Layout:

@@ -30,7 +30,8 @@ def tiny_causal_lm(kind: str = "qwen3", **overrides):
     torch.manual_seed(1)
     if kind == "gpt2":
         sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=17, bos_token_id=0, eos_token_id=0, **sizes | overrides))
+        sizes |= {"vocab_size": 17, "bos_token_id": 0, "eos_token_id": 0}
+        return GPT2LMHeadModel(GPT2Config(**sizes | overrides))
     sizes = {
         "vocab_size": 17,
         "hidden_size": 16,

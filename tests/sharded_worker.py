@@ -60,6 +60,16 @@ CASES: dict[str, dict] = {
     "bf16 compute": {"compute_dtype": "bfloat16", "optimizer": partial(torch.optim.SGD, lr=1e-3)},
     "bf16 reduce": {"strategy": {"reduce_dtype": "bfloat16"}, "optimizer": partial(torch.optim.SGD, lr=1e-3)},
     "offload": {"strategy": {"cpu_offload": True}},
+    "tied": {"kind": "tied", "objective": KL},
+    "tied released": {
+        "kind": "tied",
+        "optimizer": OURS["split"],
+        "objective": KL,
+        "batching": WHOLE,
+        "gradient_release": GradientRelease(),
+        "strategy": {"rollout": "layers"},
+    },
+    "gpt2": {"kind": "gpt2", "objective": KL},
     "replicas": {"strategy": {"replicate": "all"}, "objective": KL},
     "sft": {"sft": True},
     **{
@@ -143,6 +153,7 @@ def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -
 def run(folder: str, case: dict, steps: int, out: Path) -> dict:
     case = dict(case)
     settings = case.pop("strategy", {})
+    folder = str(Path(folder) / case.pop("kind", ""))
     if settings.get("replicate") == "all":
         settings = {"replicate": WORLD}
     torch.manual_seed(0)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_causal_lm
 from safetensors.torch import load_file
 from sharded_worker import CASES
 from test_grpo import folder  # noqa: F401 (a fixture)
 from torch import nn
 
+from rlvr_lightning.policy import TINY, load_tokenizer
 from rlvr_lightning.strategy import Sharded, decoder_layers
 
 HERE = Path(__file__).parent
@@ -22,9 +25,22 @@ ROUNDED = {"bf16 compute", "bf16 reduce"}  # gradients of shares of a batch are 
 PER_SHARD = "memory/reference_bytes"  # each shard decides for itself between a delta and a copy
 
 
-def run(folder: str, out: Path, steps: int, processes: int, *names: str) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def folders(folder):  # noqa: F811
+    """The model of most cases, and inside of its folder others."""
+    tokenizer = load_tokenizer(str(TINY))
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    tied = tiny_causal_lm("qwen3", tie_word_embeddings=True, **sizes)
+    for kind, model in (("tied", tied), ("gpt2", tiny_causal_lm("gpt2", **sizes))):
+        model.save_pretrained(Path(folder) / kind)
+        for file in TINY.glob("tokenizer*"):
+            shutil.copy(file, Path(folder) / kind)
+    return folder
+
+
+def run(models: str, out: Path, steps: int, processes: int, *names: str) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, str(HERE / "sharded_worker.py"), folder, str(out), str(steps), *names]
+    command = [sys.executable, *launch, str(HERE / "sharded_worker.py"), models, str(out), str(steps), *names]
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command,
@@ -36,10 +52,10 @@ def run(folder: str, out: Path, steps: int, processes: int, *names: str) -> None
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def compare(folder: str, out: Path, name: str, processes: int) -> dict[str, float]:  # noqa: F811
+def compare(models: str, out: Path, name: str, processes: int) -> dict[str, float]:
     """How far a run in several processes is from the one in a single process."""
     one, many = (torch.load(out / f"{name} {n}.pt", weights_only=True) for n in (1, processes))
-    start = load_file(Path(folder) / "model.safetensors")
+    start = load_file(Path(models) / CASES[name].get("kind", "") / "model.safetensors")
     off = moved = differing = 0.0
     for key, a in one["weights"].items():
         b, at_start = many["weights"][key], start.get(key.removeprefix("model."), torch.zeros(()))
@@ -73,35 +89,35 @@ def check(name: str, found: dict[str, float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def short(folder, tmp_path_factory):  # noqa: F811
+def short(folders, tmp_path_factory):
     """All cases, three steps, in one process and in two."""
     out = tmp_path_factory.mktemp("short")
     for processes in (1, 2):
-        run(folder, out, 3, processes)
+        run(folders, out, 3, processes)
     return out
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_do_what_one_does(folder, short, name) -> None:  # noqa: F811
-    check(name, compare(folder, short, name, 2))
+def test_two_processes_do_what_one_does(folders, short, name) -> None:
+    check(name, compare(folders, short, name, 2))
 
 
-def test_odd_shards_and_idle_ranks(folder, short) -> None:  # noqa: F811
+def test_odd_shards_and_idle_ranks(folders, short) -> None:
     """Three processes: no dimension of the model divides by 3, and validation batches leave ranks without prompts."""
     names = ["split released", "layers", "minibatches", "signal on some", "sft"]
-    run(folder, short, 3, 3, *names)
+    run(folders, short, 3, 3, *names)
     for name in names:
-        check(name, compare(folder, short, name, 3))
+        check(name, compare(folders, short, name, 3))
 
 
 @pytest.mark.slow
-def test_twenty_steps_in_up_to_four_processes(folder, tmp_path) -> None:  # noqa: F811
+def test_twenty_steps_in_up_to_four_processes(folders, tmp_path) -> None:
     """With RLVR_RECORD=1 it writes results/same_numbers.json."""
     found = {}
     for processes in (1, 2, 3, 4):
-        run(folder, tmp_path, 20, processes)
+        run(folders, tmp_path, 20, processes)
         if processes > 1:
-            found[str(processes)] = {name: compare(folder, tmp_path, name, processes) for name in CASES}
+            found[str(processes)] = {name: compare(folders, tmp_path, name, processes) for name in CASES}
     if os.environ.get("RLVR_RECORD"):
         command = "RLVR_RECORD=1 python -m pytest -m slow tests/test_strategy.py"
         record = {"command": command, "torch": torch.__version__, "steps": 20, "processes": found}
@@ -119,8 +135,6 @@ def test_sizes_are_checked(setting) -> None:
 
 
 def test_decoder_layers_are_found_by_name_or_by_number() -> None:
-    from conftest import tiny_causal_lm
-
     for kind, place in (("qwen3", "model.layers"), ("gpt2", "transformer.h")):
         model = tiny_causal_lm(kind)
         assert decoder_layers(model) == list(model.get_submodule(place))
