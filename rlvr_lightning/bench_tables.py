@@ -4,6 +4,9 @@
 <!-- bench memory_cpu -->     bytes of a step by owner (`profiling/bench_memory.py`)
 <!-- bench delta -->          bytes of an update's file (`profiling/bench_delta.py`)
 <!-- bench checkpoints -->    bytes of a checkpoint (`profiling/bench_checkpoint.py`)
+<!-- bench scaling -->        bytes of each process by owner (`profiling/bench_scaling.py`)
+<!-- bench traffic -->        bytes that a process receives in a step, counted and in closed form
+<!-- bench traffic_models --> the same in closed form for larger models
 <!-- end -->
 """
 
@@ -122,11 +125,81 @@ def checkpoint_table(record: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+OWNERS = {  # what a process holds: mode of `profiling/bench_scaling.py` and owner it is read from
+    "weights, bf16; gradients, a copy as reference, low halves of a split master: each the same again": (
+        "SGD, split master",
+        "weights",
+    ),
+    "weights, fp32; gradients, a copy as reference: each the same again": ("SGD, fp32 weights", "weights"),
+    "AdamW's state, bf16 weights": ("AdamW, bf16 weights", "optimizer state"),
+    "AdamW's state, fp32 weights": ("AdamW, fp32 weights", "optimizer state"),
+    "SGD's state, fp32 weights": ("SGD, fp32 weights", "optimizer state"),
+    "at once in training: whole layers, bf16": ("SGD, split master", "gathered, training"),
+    "at once in a rollout `once`: whole model, bf16": ("SGD, split master", "gathered, rollout"),
+    "at once in a backward pass: gradients of whole layers": ("SGD, split master", "gradients before reduction"),
+}
+
+
+def scaling_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_scaling.py`: MiB of the process with most, by owner and number of processes."""
+    found = {
+        (row["model"], row["mode"], row["processes"], owner): size
+        for row in record["memory"]
+        for owner, size in row["bytes"].items()
+    }
+    counts = sorted({row["processes"] for row in record["memory"]})
+    rows = [["model", "MiB of a process", *map(str, counts), f"1 to {counts[-1]}, of 1/{counts[-1]}"]]
+    for model in dict.fromkeys(row["model"] for row in record["memory"]):
+        for name, (mode, owner) in OWNERS.items():
+            sizes = [found.get((model, mode, count, owner)) for count in counts]
+            first, last = sizes[0], sizes[-1]
+            ratio = f"{last * counts[-1] / first:.2f}" if first and last else "-"
+            cells = ["-" if size is None else f"{size / 2**20:,.3f}" for size in sizes]
+            rows.append([model, name, *cells, ratio])
+    return markdown(rows)
+
+
+def traffic_table(record: dict[str, Any]) -> str:
+    """Of the same record: MiB received by a process in one step of the tiny model, both optimizers side by side."""
+    rows = [["shards x replicas", "weights", "reduced in", "rollout", "SGD", "AdamW", "closed form", "control bytes"]]
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in record["traffic"]:
+        shards = row["processes"] // row["replicate"]
+        key = (f"{shards} x {row['replicate']}", row["weights"], row["reduce"], row["rollout"])
+        groups.setdefault(key, {})[row["optimizer"]] = row
+    for key, pair in groups.items():
+        counted = {name: dict(row["traffic_bytes"]) for name, row in pair.items()}
+        control = "{:,} and {:,}".format(*(counted[name].pop("control") for name in ("sgd", "adamw")))
+        sums = [sum(parts.values()) for parts in (counted["sgd"], counted["adamw"])]
+        closed = sum(pair["sgd"]["closed_form_bytes"].values())
+        rows.append([*key, *(f"{size / 2**20:,.4f}" for size in (*sums, closed)), control])
+    return markdown(rows)
+
+
+def traffic_models_table(record: dict[str, Any]) -> str:
+    """Of the same record: GiB received by a process in one step of larger models, by the closed form; bf16 compute."""
+    parts = ["weights, rollout", "weights, forward", "weights, backward", "gradients"]
+    rows = [["model", "processes", "gathered in", "reduced in", *parts, "sum"]]
+    for row in record["predicted_traffic"]:
+        if row["compute"] != "bfloat16":
+            continue
+        sizes = [row["closed_form_bytes"][part] for part in parts]
+        cells = [f"{size / 2**30:,.2f}" for size in (*sizes, sum(sizes))]
+        rows.append([row["model"], str(row["processes"]), row["compute"], row["reduce"], *cells])
+    return markdown(rows)
+
+
 def _table(what: str, results: Path) -> str:
     """The table of one block."""
     if not what:
         return bench_table(results)
-    makers = {"delta": ("bench_delta.json", delta_table), "checkpoints": ("checkpoint_bytes.json", checkpoint_table)}
+    makers = {
+        "delta": ("bench_delta.json", delta_table),
+        "checkpoints": ("checkpoint_bytes.json", checkpoint_table),
+        "scaling": ("bench_scaling.json", scaling_table),
+        "traffic": ("bench_scaling.json", traffic_table),
+        "traffic_models": ("bench_scaling.json", traffic_models_table),
+    }
     file, make = makers.get(what, (f"bench_{what}.json", memory_table))
     return make(json.loads((results / file).read_text()))
 
