@@ -112,3 +112,143 @@ def test_a_damaged_batch_is_named(folder, tmp_path, capsys):  # noqa: F811
     assert replay([str(tmp_path)]) == 2
     assert "the part of rank 0 cannot be read" in capsys.readouterr().err
     assert replay([str(tmp_path / "none")]) == 2
+
+
+# ---- processes ----
+
+HERE = Path(__file__).parent
+FIT = ["-m", "rlvr_lightning", "fit", "--config", "fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=3"]
+FIT += ["--data.val.arithmetic.num=8", "--validate_first=false", "--trainer.enable_progress_bar=false"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(how: str, cwd: Path, *options: str, launcher: list[str] = TORCHRUN, **environment: str):
+    """A fit in two processes, or a part of one, with `failing.Fails` in it."""
+    fails = ["--trainer.callbacks+=failing.Fails", f"--trainer.callbacks.how={how}"]
+    clean = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK")}
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, *launcher, *FIT, *fails, *(f"--trainer.{option}" for option in options)]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment,
+    )
+
+
+def ending(process) -> tuple[str, float, dict[int, int]]:
+    """What it printed, the seconds it took from the first failure on, and pids of failing processes by rank."""
+    lines, failed_s, pids = [], None, {}
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.match(r"FAILS rank (\d+) pid (\d+)", line):
+            failed_s = failed_s or time.monotonic()
+            pids[int(found[1])] = int(found[2])
+    process.wait(timeout=60)
+    assert failed_s, "".join(lines)
+    return "".join(lines), time.monotonic() - failed_s, pids
+
+
+def ours(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_killed_process_is_named_and_ends_the_others_under_torchrun(tmp_path):
+    process = start("kill", tmp_path)
+    text, seconds, pids = ending(process)
+    assert process.returncode == 1
+    [line] = ours(text)
+    assert re.match(rf"error: rank 1 \(host \S+, pid {pids[1]}\) is gone without a word: killed", line)
+    assert "[rank" not in text  # no traceback of the survivor's
+    assert seconds < 60
+
+
+def test_an_exception_is_told_by_the_process_that_has_it_and_named_by_the_others(tmp_path):
+    process = start("raise", tmp_path, launcher=[])
+    text, seconds, pids = ending(process)
+    assert process.returncode == 1
+    [line] = ours(text)
+    assert line.startswith("error: rank 1 (host ")
+    assert f"pid {pids[1]}) raised RuntimeError: boom of seven" in line
+    assert "[rank1]: RuntimeError: boom of seven" in text
+    assert "[rank0]" not in text
+    assert seconds < 60
+
+
+def test_machines_without_a_common_launcher_miss_each_other(tmp_path):
+    apart = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 10000)}
+    options = ["devices=1", "num_nodes=2", "callbacks.apart=5"]
+    nodes = [start("kill", tmp_path, *options, launcher=[], NODE_RANK=rank, **apart) for rank in "01"]
+    _, _, pids = ending(nodes[1])
+    text, _ = nodes[0].communicate(timeout=60)
+    assert nodes[1].returncode == -signal.SIGKILL
+    assert nodes[0].returncode == 1
+    [line] = ours(text)
+    assert f"pid {pids[1]}) has not answered for 5 s" in line
+
+
+def test_preemption_saves_with_all_processes_in_step(tmp_path):
+    """SIGTERM to the launcher and to both processes, as SLURM sends it; the launcher passes it on once more."""
+    process = start("wait", tmp_path, "callbacks.rank=-1")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.match(r"FAILS rank \d+ pid (\d+)", line):
+            os.kill(int(found[1]), signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    text = "".join(lines)
+    assert process.returncode not in (0, None)
+    assert text.count("Interrupted after step 2.") == 1
+    assert not ours(text)
+    checkpoint = tmp_path / "runs/fsdp/version_0/checkpoints/interrupted.ckpt"
+    assert f"--ckpt_path {checkpoint.relative_to(tmp_path)}" in text
+    assert len(list(checkpoint.iterdir())) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["lightning", "torchrun"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_preemption_of_one_process_saves_too(launcher, rank, tmp_path):
+    process = start("SIGTERM", tmp_path, f"callbacks.rank={rank}", launcher=launcher)
+    text, _, _ = ending(process)
+    assert process.returncode == (1 if launcher else 143)
+    assert text.count("Interrupted after step 2.") == 1
+    assert not ours(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_is_named_and_ends_the_others_under_lightning(rank, tmp_path):
+    process = start("kill", tmp_path, f"callbacks.rank={rank}", launcher=[])
+    text, seconds, pids = ending(process)
+    assert process.returncode == (-signal.SIGKILL if rank == 0 else 1)
+    [line] = ours(text)
+    assert f"pid {pids[rank]})" in line
+    assert rank == 0 or "was killed by SIGKILL" in line
+    assert seconds < 60
+
+
+@pytest.mark.slow
+def test_a_collective_call_that_the_others_do_not_make_is_an_error(tmp_path):
+    process = start("disagree", tmp_path, "strategy.timeout_s=15")
+    text, seconds, _ = ending(process)
+    assert process.returncode == 1
+    [line] = ours(text)
+    assert "within trainer.strategy.timeout_s" in line
+    assert seconds < 60
+
+
+@pytest.mark.slow
+def test_processes_stop_together_when_weights_are_not_finite(tmp_path):
+    process = start("nan", tmp_path, "callbacks.rank=-1", "max_steps=9")
+    text, _, _ = ending(process)
+    assert process.returncode == 1
+    [line] = ours(text)
+    assert line.startswith("error: loss or gradient were not finite in 5 optimizer steps in a row")
+    kept = tmp_path / "runs/fsdp/version_0/not_finite/step_6"
+    assert sorted(path.name for path in kept.iterdir()) == [
+        f"rank{rank}.{end}" for rank in (0, 1) for end in ("json", "safetensors")
+    ]
