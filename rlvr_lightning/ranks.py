@@ -26,12 +26,23 @@ class Ranks:
     size: int = 1
     group: Any = None
     """A process group of torch, where size is above 1."""
+    copies: int = 1
+    """Of the ranks, how many hold each part of a tensor that is not split between tensor-parallel ranks."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the group's tensors live."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Of all ranks' tensors, which are of one shape and dtype; a new one, on the tensor's device."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def copies_of(self, tensor: Tensor) -> int:
+        """How many of the ranks hold each part of a tensor."""
+        if self.copies == 1:
+            return 1
+        mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
+        names = () if mesh is None else mesh.mesh_dim_names
+        split = any(name == "tensor" and place.is_shard() for name, place in zip(names, placements, strict=False))
+        return 1 if split else self.copies
 
     def most(self, number: int) -> int:
         """The largest of all ranks' numbers."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, cast
 
@@ -42,7 +42,8 @@ from rlvr_lightning.policy import Policy, compute_dtype_of
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.hf import Runner
 
-AXES = ("replicate", "shard")
+AXES = ("replicate", "shard", "tensor")
+DATA = ("replicate", "shard")
 
 
 class Sharded(ShardedCheckpoints):
@@ -51,6 +52,8 @@ class Sharded(ShardedCheckpoints):
     Args:
         shard: processes that hold one copy of the model between them; `auto` is all there are, divided by `replicate`.
         replicate: such copies (HSDP): one for each node keeps the gathering of layers inside the nodes.
+        tensor: processes that compute each layer together (tensor parallelism), each a share of its heads and columns;
+            keep them inside a node. For models of which transformers knows how to split the layers.
         reduce_dtype: in which gradients are averaged; bfloat16 halves the traffic and rounds them.
         rollout: while completions are sampled, gather the whole model `once` (as much memory as an unsharded model), or
             each of its `layers` whenever it runs (two layers' memory, and traffic for every token).
@@ -64,13 +67,14 @@ class Sharded(ShardedCheckpoints):
         self,
         shard: int | Literal["auto"] = "auto",
         replicate: int = 1,
+        tensor: int = 1,
         reduce_dtype: Literal["float32", "bfloat16"] = "float32",
         rollout: Literal["once", "layers"] = "once",
         cpu_offload: bool = False,
         checkpoints: Literal["sharded", "consolidated"] = "sharded",
         timeout_s: float = 600.0,
     ) -> None:
-        for name, count in (("shard", 1 if shard == "auto" else shard), ("replicate", replicate)):
+        for name, count in (("shard", 1 if shard == "auto" else shard), ("replicate", replicate), ("tensor", tensor)):
             if count < 1:
                 raise ValueError(f"trainer.strategy.{name} must be at least 1, got {count}")
         super().__init__(
@@ -78,7 +82,7 @@ class Sharded(ShardedCheckpoints):
             save_distributed_checkpoint=checkpoints == "sharded",
             timeout=timedelta(seconds=timeout_s),
         )
-        self.shard, self.replicate = shard, replicate
+        self.shard, self.replicate, self.tensor = shard, replicate, tensor
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         self.rollout, self.cpu_offload = rollout, cpu_offload
 
@@ -90,13 +94,15 @@ class Sharded(ShardedCheckpoints):
         except dist.DistError as error:
             raise ValueError(self._not_met(error)) from error
         watch.start({child.pid: child for child in getattr(self.launcher, "procs", ())})
-        shard = max(1, self.world_size // self.replicate) if self.shard == "auto" else self.shard
-        if shard * self.replicate != self.world_size:
+        others = self.replicate * self.tensor
+        shard = max(1, self.world_size // others) if self.shard == "auto" else self.shard
+        if shard * others != self.world_size:
             raise ValueError(
-                f"trainer.strategy: shard ({self.shard}) times replicate ({self.replicate}) must be the number of "
-                f"processes, {self.world_size} (devices times num_nodes)"
+                f"trainer.strategy: shard ({self.shard}) times replicate ({self.replicate}) times tensor "
+                f"({self.tensor}) must be the number of processes, {self.world_size} (devices times num_nodes)"
             )
-        self._device_mesh = init_device_mesh(self.root_device.type, (self.replicate, shard), mesh_dim_names=AXES)
+        sizes = (self.replicate, shard, self.tensor)
+        self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
         if self.lightning_module is not None:
             self.lightning_module._device_mesh = self._device_mesh
 
@@ -207,7 +213,8 @@ def layout_of(mesh: DeviceMesh, device: torch.device, rollout: Literal["once", "
     def ranks(sub: DeviceMesh) -> Ranks:
         return Ranks(rank=sub.get_local_rank(), size=sub.size(), group=sub.get_group(), device=device)
 
-    return Layout(data=ranks(mesh[AXES]._flatten("data")), shards=ranks(mesh["shard"]), rollout=rollout)
+    data, shards = ranks(mesh[DATA]._flatten("data")), ranks(mesh["shard", "tensor"]._flatten("shards"))
+    return Layout(data=data, shards=replace(shards, copies=mesh["tensor"].size()), rollout=rollout)
 
 
 def fully_shard_layers(policy: Policy, mesh: DeviceMesh, compute: torch.dtype, strategy: Sharded) -> None:
@@ -221,17 +228,46 @@ def fully_shard_layers(policy: Policy, mesh: DeviceMesh, compute: torch.dtype, s
     """
     cast_to = compute if compute != next(policy.parameters()).dtype else None  # None leaves adapters in their own
     settings: dict[str, Any] = {
-        "mesh": mesh if mesh["replicate"].size() > 1 else mesh["shard"],
+        "mesh": mesh[DATA] if mesh["replicate"].size() > 1 else mesh["shard"],
         "mp_policy": MixedPrecisionPolicy(param_dtype=cast_to, reduce_dtype=strategy.reduce_dtype),
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
         if strategy.cpu_offload
         else OffloadPolicy(),
     }
+    if strategy.tensor > 1:
+        split_layers(policy, mesh["tensor"])
     for layer in decoder_layers(policy.causal_lm):
         fully_shard(layer, **settings)
     fully_shard(policy, **settings)
     register_fsdp_forward_method(policy, "logits")
     policy.register_forward_hook(_free_without_grad, always_call=True)
+
+
+def split_layers(policy: Policy, mesh: DeviceMesh) -> None:
+    """Tensor parallelism inside the decoder layers, by transformers' plan for the model.
+
+    Embeddings and output layer stay whole: log-probabilities are computed from slices of their own (`logprobs.py`).
+    Stochastic rounding throws other dice for split weights than in one process.
+
+    Raises:
+        ValueError: there is no plan, or the heads cannot be shared out.
+    """
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    model, size = policy.causal_lm, mesh.size()
+    plan = {name: style for name, style in (getattr(model, "tp_plan", None) or {}).items() if ".layers." in name}
+    if not plan:
+        raise ValueError(
+            f"trainer.strategy.tensor: transformers has no plan to split {type(model).__name__}; set it to 1"
+        )
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if heads % size or config.num_attention_heads % size:
+        raise ValueError(
+            f"trainer.strategy.tensor: {size} processes cannot share {config.num_attention_heads} attention heads with "
+            f"{heads} of keys; set it to a divisor of both"
+        )
+    apply_tensor_parallelism(model, mesh, plan)
 
 
 def _free_without_grad(policy: nn.Module, *_: Any) -> None:

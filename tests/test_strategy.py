@@ -115,9 +115,10 @@ def test_twenty_steps_in_up_to_four_processes(folders, tmp_path) -> None:
     """With RLVR_RECORD=1 it writes results/same_numbers.json."""
     found = {}
     for processes in (1, 2, 3, 4):
-        run(folders, tmp_path, 20, processes)
+        names = [name for name in CASES if processes % 2 == 0 or not name.startswith("tensor")]
+        run(folders, tmp_path, 20, processes, *(names if processes > 1 else CASES))
         if processes > 1:
-            found[str(processes)] = {name: compare(folders, tmp_path, name, processes) for name in CASES}
+            found[str(processes)] = {name: compare(folders, tmp_path, name, processes) for name in names}
     if os.environ.get("RLVR_RECORD"):
         command = "RLVR_RECORD=1 python -m pytest -m slow tests/test_strategy.py"
         record = {"command": command, "torch": torch.__version__, "steps": 20, "processes": found}

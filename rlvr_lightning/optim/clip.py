@@ -14,14 +14,14 @@ from rlvr_lightning.optim.update import CHUNK_ENTRIES
 from rlvr_lightning.ranks import Ranks
 
 
-def squared_norm(grad: Tensor) -> Tensor:
-    """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); of a DTensor, this rank's part of the sum.
+def squared_norm(grad: Tensor, shards: Ranks) -> Tensor:
+    """Sum of squares, a float32 scalar (bf16 would keep 8 bits of it); of a sharded one, this rank's part of the sum.
 
     By chunks, since 16-bit ones are cast.
     """
     size = CHUNK_ENTRIES.get(grad.device.type, CHUNK_ENTRIES["cuda"])
     norms = [torch.linalg.vector_norm(cast(part, torch.float32)) for part in local(grad).reshape(-1).split(size)]
-    return torch.stack(norms).square().sum()
+    return torch.stack(norms).square().sum() / shards.copies_of(grad)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -41,7 +41,7 @@ def grad_norm(parameters: Iterable[Tensor], shards: Ranks) -> float:
         parameters: of which all ranks have gradients, or none.
         shards: ranks that hold parts of them.
     """
-    return norm_of([squared_norm(p.grad) for p in parameters if p.grad is not None], shards)
+    return norm_of([squared_norm(p.grad, shards) for p in parameters if p.grad is not None], shards)
 
 
 def norm_of(squares: list[Tensor], shards: Ranks) -> float:

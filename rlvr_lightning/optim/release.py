@@ -152,7 +152,7 @@ class ReleasedUpdate:
 
     def _measure(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self._squares[parameter] = squared_norm(parameter.grad)
+        self._squares[parameter] = squared_norm(parameter.grad, self.shards)
 
     def _apply(self, parameter: Tensor) -> None:
         self.optimizer.update_parameter(parameter)

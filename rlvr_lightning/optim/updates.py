@@ -93,5 +93,7 @@ class Updates:
         step()  # without any gradient a no-op that keeps the count of steps
         metrics = {"grad_norm": norm} if finite and math.isfinite(norm) else {"nonfinite": 1.0}
         if isinstance(self.optimizer, SGD):
-            metrics["changed"] = float(self.shards.sum(torch.tensor(self.optimizer.total_changed())))
+            counts = self.optimizer.changed_entries.items()
+            mine = sum(int(count) / self.shards.copies_of(parameter) for parameter, count in counts)
+            metrics["changed"] = float(self.shards.sum(torch.tensor(mine, dtype=torch.float64)))
         return metrics
