@@ -23,10 +23,15 @@ def first_copy(tensor: Tensor, first_rank: bool = True) -> bool:
     """
     if not isinstance(tensor, DTensor):
         return first_rank
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh = tensor.device_mesh
+    coordinate, names = mesh.get_coordinate(), mesh.mesh_dim_names or ()
     if coordinate is None:
         return False
-    return all(at == 0 for at, place in zip(coordinate, tensor.placements, strict=True) if not place.is_shard())
+    whole = mesh._get_root_mesh()  # of a mesh of more dimensions, tensors on some of them are the same along the others
+    others = [name for name in whole.mesh_dim_names or () if name not in names] if names else []
+    return all(whole.get_local_rank(name) == 0 for name in others) and all(
+        at == 0 for at, place in zip(coordinate, tensor.placements, strict=True) if not place.is_shard()
+    )
 
 
 def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
