@@ -111,12 +111,15 @@ def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
         "released": {"gradient_release": GradientRelease(), "batching": WHOLE, "max_grad_norm": 1.0},
         "adamw": {"optimizer": partial(torch.optim.AdamW, lr=1e-3)},
     }
-    cases["replicas"] = cases["split"]
+    cases |= dict.fromkeys(("replicas", "copies", "full disk"), cases["split"])
     settings = {"optimizer": MODES["split"], "dtype": "bfloat16", "rewards": {"r": TokenSum()}, "max_grad_norm": 0}
     settings |= cases[case]
     strategy: Any = "auto"
     if world > 1:
-        strategy = Sharded(timeout_s=60, replicate=2 if case == "replicas" else 1)
+        strategy = Sharded(timeout_s=60, replicate=2 if case in ("replicas", "copies") else 1)
+    full_disk = case == "full disk" and os.environ.get("RANK") == "1"
+    write = snapshots.Snapshot.write
+    snapshots.Snapshot.write = no_space if full_disk else write
     seen = Seen()
     sparsity = seen.watch(UpdateSparsity(every_n_steps=1), "on_train_start", "_before_step", "_after_step")
     state = seen.watch(OptimizerState(), "on_before_optimizer_step", "on_train_batch_end")
@@ -135,6 +138,7 @@ def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
     model.log_dict = log_dict
     run = out / f"{case} {world}"
     trainer = fit(model, run, 3, 4, strategy=strategy, devices=world, logger=False, callbacks=callbacks)
+    snapshots.Snapshot.write = write
     parameters = list(model.policy.parameters())
     return {
         "rank": trainer.global_rank,
@@ -146,6 +150,10 @@ def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
         "entries_here": [getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters],
         "collectives": sorted(seen.collectives),
     }
+
+
+def no_space(*_: Any) -> None:
+    raise OSError("No space left on device")
 
 
 class KnownGradients(Callback):
@@ -169,7 +177,7 @@ class Truth(Callback):
     @staticmethod
     def whole(pl_module) -> list[torch.Tensor]:
         weights = (p.detach() for p in pl_module.policy.parameters())
-        return [(w.full_tensor() if hasattr(w, "full_tensor") else w.clone()).view(torch.int16) for w in weights]
+        return [getattr(w, "full_tensor", lambda w=w: w)().clone().view(torch.int16) for w in weights]
 
     def on_train_batch_start(self, trainer, pl_module, *_) -> None:
         self.before = self.whole(pl_module)

@@ -17,8 +17,8 @@ from test_grpo import TINY, load_tokenizer
 
 WORKERS = str(Path(__file__).with_name("callback_workers.py"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-WORLDS = {2: ["split", "adamw", "released", "mixed"], 4: ["split", "replicas"]}
-RUNS = [(world, case) for world, cases in WORLDS.items() for case in cases if case != "mixed"]
+WORLDS = {2: ["copies", "adamw", "released", "full disk", "mixed"], 4: ["split", "replicas"]}
+RUNS = [(world, case) for world, cases in WORLDS.items() for case in cases if case not in ("full disk", "mixed")]
 ROWS = 2003  # of the embedding, so that it is by far the largest tensor
 UPDATE, MEMORY = "update/changed_entries", ("optimizer_state", "weights", "gradients")
 
@@ -55,7 +55,7 @@ def lines(out: Path, case: str, world: int, file: str) -> list[dict[str, Any]]:
 
 def alone(case: str) -> str:
     """The case that is the same in one process."""
-    return "split" if case == "replicas" else case
+    return "split" if case in ("replicas", "copies") else case
 
 
 @pytest.mark.parametrize(("world", "case"), [run for run in RUNS if run[1] != "released"])
@@ -92,13 +92,21 @@ def test_bytes_in_all_are_those_of_one_process_and_a_rank_has_its_share(out: Pat
     assert not any(name.endswith("_rank_bytes") for name in expected)
 
 
-@pytest.mark.parametrize(("world", "case"), RUNS)
+@pytest.mark.parametrize(("world", "case"), [run for run in RUNS if run[1] != "copies"])
 def test_no_full_tensor_is_built_and_nothing_gathered(out: Path, world: int, case: str) -> None:
     for rank in range(world):
         found = read(out, case, world, rank)
         assert 0 < found["largest_allocation"] < 0.6 * found["largest_weight"]
         assert "c10d::allreduce_" in found["collectives"]
         assert set(found["collectives"]) <= {"c10d::allreduce_", "c10d::broadcast_", "c10d::barrier"}
+
+
+def test_a_full_disk_of_one_process_ends_the_measuring_in_all_and_not_the_run(out: Path) -> None:
+    for rank in range(2):
+        found = read(out, "full disk", 2, rank)
+        assert len(found["truly_changed"]) == 3
+        assert not any(name.startswith("update/changed_frac") for name in found["metrics"])
+    assert not (out / "full disk 2" / "sparsity.jsonl").exists()
 
 
 def test_sharded_replicated_and_plain_tensors_count_once_each(out: Path) -> None:
