@@ -238,7 +238,7 @@ def fake_processes(count: int) -> Iterator[Any]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        yield dist.init_device_mesh("cpu", (1, count), mesh_dim_names=AXES)
+        yield dist.init_device_mesh("cpu", (1, count, 1), mesh_dim_names=AXES)
     finally:
         dist.destroy_process_group()
 

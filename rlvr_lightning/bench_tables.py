@@ -162,7 +162,7 @@ def scaling_table(record: dict[str, Any]) -> str:
 def traffic_table(record: dict[str, Any]) -> str:
     """Of the same record: MiB received by a process in one step of the tiny model, both optimizers side by side."""
     rows = [["shards x replicas", "weights", "reduced in", "rollout", "SGD", "AdamW", "closed form", "control bytes"]]
-    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    groups: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for row in record["traffic"]:
         shards = row["processes"] // row["replicate"]
         key = (f"{shards} x {row['replicate']}", row["weights"], row["reduce"], row["rollout"])
