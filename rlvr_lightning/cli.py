@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+import torch
+from jsonargparse import ActionYesNo, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlvr_lightning import callbacks
 from rlvr_lightning.checkpoint import check_readable
+from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 
@@ -103,17 +105,29 @@ class RLVRCLI(LightningCLI):
             default=True,
             help="Measure before the first step, so that curves have a start.",
         )
+        parser.add_argument(
+            "--dry_run",
+            action=ActionYesNo(no_prefix="no_"),
+            nargs="?",
+            default=False,
+            help="Say what each process would hold, the layout and the first prompts, and stop; needs no GPU.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would load the whole checkpoint here, with torch, for settings that ours do not hold."""
 
     def after_instantiate_classes(self) -> None:
-        """A checkpoint that cannot be read is said before anything is loaded."""
-        check_readable(self._get(self.config, "ckpt_path"), self.trainer)
+        """Find the last checkpoint, if asked to; one that cannot be read is said before anything is loaded."""
+        path = resolve(self._get(self.config, "ckpt_path"), self.trainer, self.subcommand)
+        for config in (self.config, self.config_init):
+            config[self.subcommand]["ckpt_path"] = path
+        check_readable(path, self.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with a bar, logging to `runs/NAME/version_K` unless the YAML names loggers."""
         config = self._get(self.config_init, "trainer")
+        if self._get(self.config_init, "dry_run"):
+            return super().instantiate_trainer(**planned(config))
         if config.get("logger") in (None, True):
             kwargs["logger"] = default_loggers(self.run_name)
         if config.get("enable_progress_bar") is not False:
@@ -122,6 +136,9 @@ class RLVRCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """The measure that the curve starts from."""
+        if self._get(self.config, "dry_run"):
+            self.describe()
+            raise SystemExit(0)
         self.started_s = time.monotonic()
         self.at_start: dict[str, float] = {}
         resumes = self._get(self.config, "ckpt_path")
@@ -129,11 +146,35 @@ class RLVRCLI(LightningCLI):
             for metrics in self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False):
                 self.at_start |= metrics
 
+    def describe(self) -> None:
+        """What a dry run says."""
+        from rlvr_lightning.dry_run import dry_run
+
+        if self.trainer.is_global_zero:
+            device = device_of(self._get(self.config, "trainer")["accelerator"])
+            print(dry_run(self.model, self.datamodule, self.trainer, device))
+
     def after_fit(self) -> None:
         """What the run did, in a few lines."""
         text = summary(self.at_start, self.trainer, time.monotonic() - self.started_s)  # asks all ranks for the folder
         if self.trainer.is_global_zero:
             print(text)
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The kind of device that a run will use; `auto` is what this machine has."""
+    gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpus else "cpu")
+
+
+def planned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a trainer that stands for the processes of another, wherever those may run."""
+    devices = config["devices"]
+    if isinstance(devices, list):
+        devices = len(devices)
+    elif devices in ("auto", -1, "-1"):
+        devices = max(1, torch.cuda.device_count())
+    return {"accelerator": "cpu", "devices": int(devices), "logger": False}
 
 
 def summary(at_start: Mapping[str, float], trainer: Trainer, seconds: float) -> str:
