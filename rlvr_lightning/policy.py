@@ -69,11 +69,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with an end-of-sequence and a padding token.
 
     Raises:
-        ValueError: it has no end-of-sequence token, so no completion could ever end.
+        ValueError: it is not to be had, or has no end-of-sequence token, so that no completion could ever end.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name))
+    source = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: {name!r} is not at hand, and cannot be had from the model hub: {why}") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {name!r} has no eos_token; set it in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:  # harmless: padding is never attended to nor trained on

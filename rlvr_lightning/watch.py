@@ -268,7 +268,7 @@ def start(children: Mapping[int, subprocess.Popen[Any]] | None = None) -> Watch 
         children: of this process that belong to the group, by pid.
     """
     global _current
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1 or dist.get_backend() == "fake":
         return None
     if _current is not None and _current.group is not dist.group.WORLD:
         _current.close()

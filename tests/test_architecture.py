@@ -36,6 +36,7 @@ FLOORS = [
     {
         "config_errors",
         "cli",
+        "dry_run",
         "export",
         "replay",
         "delta_command",
