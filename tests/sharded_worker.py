@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer
 from precision_modes import MODES
 from test_grpo import Constant, Digits, Prompts, module
 
+from rlvr_lightning.callbacks import UpdateSparsity
 from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.delta.tensor import whole
 from rlvr_lightning.experience import Batching, Handling
@@ -133,7 +135,7 @@ class Watched(GRPO):
     def log_dict(self, values, *args, **kwargs):
         self.told = [
             *getattr(self, "told", []),
-            {k: float(v) for k, v in values.items() if not k.startswith(("time", "tokens/per"))},
+            {k: float(v) for k, v in values.items() if not k.startswith(("time", "tokens/per", "update/measure"))},
         ]
         super().log_dict(values, *args, **kwargs)
 
@@ -154,10 +156,17 @@ def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -
     strategy = Sharded(timeout_s=60, **settings) if WORLD > 1 else "auto"
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     place = {"accelerator": "cpu", "devices": WORLD, "strategy": strategy, "default_root_dir": out, "logger": False}
-    trainer = Trainer(max_steps=steps, check_val_every_n_epoch=8, num_sanity_val_steps=0, **place, **quiet)
+    sparsity = UpdateSparsity(every_n_steps=1)
+    trainer = Trainer(
+        max_steps=steps, callbacks=[sparsity], check_val_every_n_epoch=8, num_sanity_val_steps=0, **place, **quiet
+    )
     trainer.fit(model, datamodule=prompts)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    return {"weights": {n: whole(p).detach().clone() for n, p in model.policy.named_parameters()}, "val": metrics}
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {
+        "weights": {n: whole(p).detach().clone() for n, p in model.policy.named_parameters()},
+        "val": {name: value for name, value in found.items() if name.startswith("val/")},
+        "changed": json.loads((out / "sparsity.jsonl").read_text().splitlines()[-1])["last_step"]["changed"],
+    }
 
 
 def run(folder: str, case: dict, steps: int, out: Path) -> dict:
@@ -180,6 +189,6 @@ if __name__ == "__main__":
     folder, out, steps, *names = sys.argv[1:]
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for name in names or CASES:
-        found = run(folder, CASES[name], int(steps), Path(out))
+        found = run(folder, CASES[name], int(steps), Path(out) / f"{name} {WORLD}")
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(found, Path(out) / f"{name} {WORLD}.pt")

@@ -71,6 +71,7 @@ def compare(models: str, out: Path, name: str, processes: int) -> dict[str, floa
     if name not in ROUNDED:
         assert one["val"].keys() == many["val"].keys()
         assert all(one["val"][key] == pytest.approx(many["val"][key], abs=1e-5) for key in one["val"])
+        assert one["changed"] and one["changed"] == pytest.approx(many["changed"], rel=0.01), name
     return {
         "update_difference_frac": (off / moved) ** 0.5 if moved else 0.0,
         "entries_differing": differing,
