@@ -29,6 +29,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from test_grpo import Digits
 
+import rlvr_lightning.cli  # noqa: F401 (before forking)
 from rlvr_lightning.__main__ import main as command
 from rlvr_lightning.checkpoint.last import find_last
 from rlvr_lightning.data.prompts import PromptSource

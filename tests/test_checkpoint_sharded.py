@@ -14,16 +14,19 @@ import pytest
 import torch
 from checkpoint_ranks import CASES, RUNS, main, place
 from conftest import tiny_causal_lm
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from test_checkpoint_file import Evil
 from transformers import AutoModelForCausalLM
 
 from rlvr_lightning.__main__ import main as export
-from rlvr_lightning.checkpoint import dcp
+from rlvr_lightning.checkpoint import DeltaCheckpointIO, check_readable, dcp
 from rlvr_lightning.checkpoint.file import sweep, temporary_name
 from rlvr_lightning.checkpoint.folder import read_manifest, remove_whole
 from rlvr_lightning.checkpoint.io import source
 from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.policy import TINY, load_tokenizer
+from rlvr_lightning.strategy import Sharded
 
 FEW = ["split", "adamw", "tied", "replicated"]
 FEWER = ["split", "replicated"]  # by four processes
@@ -172,6 +175,17 @@ def test_export_from_any_form(root: Path, by_two: dict, tmp_path: Path, name: st
         assert digest_state(loaded.state_dict()) == said.split()[-1]
     assert len(digests) == 1
     assert digests != {digest_state(AutoModelForCausalLM.from_pretrained(root / name).bfloat16().state_dict())}
+
+
+def test_what_does_not_go_together_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").mkdir()
+    quiet = {"accelerator": "cpu", "logger": False}
+    with pytest.raises(ValueError, match=r"trainer.strategy.checkpoints: consolidated is not for DeltaCheckpointIO"):
+        Trainer(strategy=Sharded(checkpoints="consolidated"), plugins=[DeltaCheckpointIO()], **quiet)
+    with pytest.raises(ValueError, match=r"trainer.plugins: TorchCheckpointIO is not for a sharded model; leave it"):
+        Trainer(strategy=Sharded(), plugins=[TorchCheckpointIO()], **quiet)
+    with pytest.raises(ValueError, match=r"a.ckpt is a folder of a sharded run; to read it in one process set trainer"):
+        check_readable(tmp_path / "a.ckpt", Trainer(**quiet))
 
 
 def test_each_process_writes_its_own_share(root: Path, by_two: dict) -> None:

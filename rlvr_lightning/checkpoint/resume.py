@@ -174,7 +174,9 @@ def catch_up(trainer: Trainer, row: Mapping[str, float], epoch: Mapping[str, Any
         loop.val_loop.run()
         trainer.training = True
     progress.load_state_dict(closed)
-    if progress.current.processed == progress.current.ready:  # Lightning closed the epoch, but does not open the next
+    if (
+        closed["current"]["processed"] == closed["current"]["ready"]
+    ):  # Lightning closed the epoch, but does not open the next
         progress.increment_ready()
         progress.increment_started()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -50,6 +51,22 @@ class ShardedCheckpoints(ModelParallelStrategy):
         """Lightning calls `load_optimizer_state_dict`."""
         return True
 
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The trainer's plugin that says what checkpoints hold; ours, or none."""
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        if not isinstance(io, DeltaCheckpointIO):
+            raise ValueError(
+                f"trainer.plugins: {type(io).__name__} is not for a sharded model; leave it out, or set it to "
+                "rlvr_lightning.checkpoint.DeltaCheckpointIO"
+            )
+        if not self._save_distributed_checkpoint:
+            raise ValueError("trainer.strategy.checkpoints: consolidated is not for DeltaCheckpointIO; leave it out")
+        self._checkpoint_io = io
+
     def _group(self, axis: str | None = None) -> Ranks:
         """All processes, or those along an axis of the mesh."""
         if axis is None:
@@ -76,8 +93,6 @@ class ShardedCheckpoints(ModelParallelStrategy):
             raise TypeError(f"{type(self).__name__} takes no storage_options; leave them out")
         path, world = Path(self.broadcast(filepath)), self._group()
         delta = isinstance(self.checkpoint_io, DeltaCheckpointIO)
-        if delta and not self._save_distributed_checkpoint:
-            raise ValueError("trainer.strategy.checkpoints: consolidated is not for DeltaCheckpointIO; leave it out")
         if delta:
             self._save_delta(Contents.of(checkpoint), path, world)
         elif self._save_distributed_checkpoint:
