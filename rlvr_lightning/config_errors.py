@@ -40,7 +40,7 @@ def report(error: Exception) -> int | None:
     Returns:
         the exit status, or None for an exception whose traceback is to be shown: only what a user can mend is one line.
     """
-    one_line = isinstance(error, ValueError) and not os.environ.get("RLVR_TRACEBACK")
+    one_line = isinstance(error, ValueError | FloatingPointError) and not os.environ.get("RLVR_TRACEBACK")
     watching = watch.current()
     if watching is None:
         if not one_line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -16,7 +17,8 @@ class Fails(Callback):
     """At the start of batch `at` of training or, under `validate`, of validation, in the process `rank`.
 
     Args:
-        how: "kill"; "raise"; "disagree", by a collective call that the others do not make; "nan", into weights; "wait"
+        how: "kill"; "raise"; "disagree", by a collective call that the others do not make; "infinite", its first
+            completion's advantages from then on; "wait"
             a second, for signals from elsewhere; or the name of a signal for itself.
         rank: in which process; -1 is all.
         at: at which batch.
@@ -47,8 +49,14 @@ class Fails(Callback):
             torch.distributed.all_reduce(torch.zeros(1, device=pl_module.device))
         elif self.how == "wait":
             time.sleep(1)
-        elif self.how == "nan":
-            with torch.no_grad():
-                next(pl_module.policy.parameters()).fill_(float("nan"))
+        elif self.how == "infinite":
+            judge = pl_module.judge
+
+            def overflowing(*args):
+                experience = judge(*args)
+                experience.advantages[0] = -math.inf
+                return experience
+
+            pl_module.judge = overflowing
         else:
             os.kill(os.getpid(), signal.Signals[self.how])

@@ -242,8 +242,8 @@ def test_a_collective_call_that_the_others_do_not_make_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_stop_together_when_weights_are_not_finite(tmp_path):
-    process = start("nan", tmp_path, "callbacks.rank=-1", "max_steps=9")
+def test_processes_stop_together_though_one_alone_has_an_infinite_loss(tmp_path, capsys):
+    process = start("infinite", tmp_path, "max_steps=9")
     text, _, _ = ending(process)
     assert process.returncode == 1
     [line] = ours(text)
@@ -252,3 +252,6 @@ def test_processes_stop_together_when_weights_are_not_finite(tmp_path):
     assert sorted(path.name for path in kept.iterdir()) == [
         f"rank{rank}.{end}" for rank in (0, 1) for end in ("json", "safetensors")
     ]
+    assert replay([str(kept)]) == 0
+    [amiss] = [line for line in capsys.readouterr().out.splitlines() if "not finite:" in line]
+    assert amiss.split()[:2] == ["1", "0"]
