@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.optim import SGD
+from rlvr_lightning.optim import SGD, update
 from rlvr_lightning.policy import TINY, Policy
 from rlvr_lightning.profiling.memory_worker import Lines
 from rlvr_lightning.profiling.sharding_counter import GATHERED, REDUCING, ShardingCounter
@@ -243,6 +244,17 @@ def fake_processes(count: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def whole_tensors() -> Iterator[None]:
+    """Let our SGD step tensors at once: chunks spare caches, and there is nothing to put into them."""
+    size = update.CHUNK_ENTRIES["cpu"]
+    update.CHUNK_ENTRIES["cpu"] = 1 << 62
+    try:
+        yield
+    finally:
+        update.CHUNK_ENTRIES["cpu"] = size
+
+
 def simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
     """What `real` finds in the first process, which has most, from one step on fake tensors.
 
@@ -250,12 +262,18 @@ def simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
         case: as for `real`.
         processes: any number; 1 is not sharded.
     """
+    with ThreadPoolExecutor(1) as thread:  # `heap.scratch` keeps buffers for each thread, and these would be fake
+        return thread.submit(_simulate, case, processes).result()
+
+
+def _simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     counter = ShardingCounter()
     with ExitStack() as stack:
         mesh = stack.enter_context(fake_processes(processes))
         layout = layout_of(mesh, torch.device("cpu"), case["rollout"])
+        stack.enter_context(whole_tensors())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         policy = bare(case["model"], getattr(torch, case["weights"]))
         runner = None
