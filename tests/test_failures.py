@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -118,7 +119,12 @@ def test_a_damaged_batch_is_named(folder, tmp_path, capsys):  # noqa: F811
 
 HERE = Path(__file__).parent
 FIT = ["-m", "rlvr_lightning", "fit", "--config", "fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.max_steps=3"]
-FIT += ["--data.val.arithmetic.num=8", "--validate_first=false", "--trainer.enable_progress_bar=false"]
+FIT += [
+    "--ckpt_path=last",
+    "--data.val.arithmetic.num=8",
+    "--validate_first=false",
+    "--trainer.enable_progress_bar=false",
+]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -217,6 +223,37 @@ def test_preemption_of_one_process_saves_too(launcher, rank, tmp_path):
     assert process.returncode == (1 if launcher else 143)
     assert text.count("Interrupted after step 2.") == 1
     assert not ours(text)
+
+
+@pytest.mark.slow
+def test_slurm_requeues_a_job_that_goes_on_from_what_it_saved(tmp_path):
+    """Tasks as srun starts them; a program that writes down its arguments stands for `scontrol`."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(0o755)
+    slurm = {"JOB_ID": "4217", "JOB_NAME": "fit", "NTASKS": "2", "NTASKS_PER_NODE": "2", "NODELIST": "127.0.0.1"}
+    slurm |= {"NODEID": "0", "JOB_NUM_NODES": "1"}
+    shared = {f"SLURM_{name}": value for name, value in slurm.items()}
+    shared |= {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "MASTER_PORT": str(21000 + os.getpid() % 9000)}
+
+    def tasks(how: str, *options: str):
+        ids = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+        return [start(how, tmp_path, *options, launcher=[], **shared, **one) for one in ids]
+
+    texts = [task.communicate(timeout=120)[0] for task in tasks("SIGUSR1", "callbacks.rank=-1")]
+    assert (tmp_path / "requeued").read_text() == "requeue 4217\n"
+    assert sum(text.count("Interrupted after step 2.") for text in texts) == 1
+    assert not ours("".join(texts))
+
+    again = tasks("wait", "callbacks.at=99", "max_steps=3", "logger=true")
+    texts = [task.communicate(timeout=120)[0] for task in again]
+    assert [task.returncode for task in again] == [0, 0], texts
+    assert "3 optimizer steps in" in texts[0]
+    with (tmp_path / "runs/fsdp/version_1/metrics.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file) if row["reward/mean"]]
+    assert steps[-1] == "2"
+    assert "0" not in steps  # it did not begin anew; the row of the step after which it stopped may be there again
 
 
 @pytest.mark.slow
