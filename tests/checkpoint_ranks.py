@@ -51,6 +51,7 @@ CASES = {
     "adamw": Case({"optimizer": partial(torch.optim.AdamW, lr=1e-3)}, ("sharded", "consolidated", "delta")),
     "lora": Case({"optimizer": MOMENTUM, "lora": LoRA(rank=2), "objective": KL}, ("sharded", "delta")),
     "tied": Case({"optimizer": partial(SGD, lr=0.5), "objective": KL, "model": "tied"}, ("sharded", "delta")),
+    "tensor": Case({"optimizer": partial(SGD, lr=0.5)}, ("sharded", "consolidated"), {"tensor": 2}),
     "replicated": Case({"optimizer": partial(SGD, lr=0.5)}, ("sharded", "delta"), {"shard": 1, "replicate": 2}),
 }
 RUNS = [(name, form) for name, case in CASES.items() for form in case.forms]
@@ -136,6 +137,9 @@ def main(folder: str, root: Path, what: str, names: list[str]) -> dict:
             for world in (1, 2):
                 file = place(root, name, form, world) / "ckpt/step=2.ckpt"
                 found[f"{name} {form} {world}"] = run(folder, root, name, form, 3, file)[0]
+    if what == "load" and "tensor" in names:  # the same settings, other shards
+        file = place(root, "replicated", "delta", 2) / "ckpt/step=2.ckpt"
+        found["replicated delta 2 by tensor"] = run(folder, root, "tensor", "sharded", 3, file)[0]
     return found
 
 

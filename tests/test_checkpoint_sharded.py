@@ -28,8 +28,8 @@ from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.policy import TINY, load_tokenizer
 from rlvr_lightning.strategy import Sharded
 
-FEW = ["split", "adamw", "tied", "replicated"]
-FEWER = ["split", "replicated"]  # by four processes
+FEW = ["split", "adamw", "tied", "tensor", "replicated"]
+FEWER = ["split", "tensor", "replicated"]  # by four processes
 
 
 def ranks(count: int, root: Path, *arguments: str) -> dict:
@@ -76,9 +76,9 @@ def goes_on(two: dict, cases: list[str]) -> None:
 
 def all_there(found: dict, one: dict, two: dict, cases: list[str]) -> None:
     """What was loaded is what one process, or two, had saved."""
-    assert len(found) == 2 * sum(name in cases for name, _ in RUNS)
+    assert len(found) == 2 * sum(name in cases for name, _ in RUNS) + 1
     for run, start in found.items():
-        name, form, world = run.split()
+        name, form, world, *_ = run.split()
         assert start == {"1": one, "2": two}[world][f"{name} {form} again"][0], run
 
 
@@ -182,6 +182,8 @@ def test_what_does_not_go_together_is_said_before_anything_runs(tmp_path: Path) 
     quiet = {"accelerator": "cpu", "logger": False}
     with pytest.raises(ValueError, match=r"trainer.strategy.checkpoints: consolidated is not for DeltaCheckpointIO"):
         Trainer(strategy=Sharded(checkpoints="consolidated"), plugins=[DeltaCheckpointIO()], **quiet)
+    with pytest.raises(ValueError, match=r"trainer.strategy.tensor: above 1 is not for DeltaCheckpointIO"):
+        Trainer(strategy=Sharded(tensor=2), plugins=[DeltaCheckpointIO()], **quiet)
     with pytest.raises(ValueError, match=r"trainer.plugins: TorchCheckpointIO is not for a sharded model; leave it"):
         Trainer(strategy=Sharded(), plugins=[TorchCheckpointIO()], **quiet)
     with pytest.raises(ValueError, match=r"a.ckpt is a folder of a sharded run; to read it in one process set trainer"):

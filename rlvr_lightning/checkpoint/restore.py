@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlvr_lightning.checkpoint.start import Start, base_digest, first_names
+from rlvr_lightning.checkpoint.start import Start, base_digest, box, by_rows, first_names
 from rlvr_lightning.checkpoint.state import DELTA, Reader
 from rlvr_lightning.checkpoint.stored import Source, sharded_as
 from rlvr_lightning.delta.file import signed
@@ -70,6 +70,10 @@ def from_base(reader: Reader, entry: str, like: Tensor, base: Tensor, ranks: Ran
             delta do not end where the ranks' parts do.
         ranks: that hold the tensor between them.
     """
+    if not by_rows(like):
+        everything = whole(sharded_as(like, base)).cpu().clone()
+        reader.write_(entry, signed(flat_bits(everything)), base.dtype)
+        return box(everything, like)
     first, entries = first_entry(like), base.numel()
     low, high = reader.cover(entry, first, first + entries)
     if ranks.any((low, high) != (first, first + entries)):

@@ -65,6 +65,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
             )
         if not self._save_distributed_checkpoint:
             raise ValueError("trainer.strategy.checkpoints: consolidated is not for DeltaCheckpointIO; leave it out")
+        if getattr(self, "tensor", 1) > 1:
+            raise ValueError("trainer.strategy.tensor: above 1 is not for DeltaCheckpointIO; leave trainer.plugins out")
         self._checkpoint_io = io
 
     def _group(self, axis: str | None = None) -> Ranks:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rlvr_lightning.delta.digest import combine, tensor_digest, ties
 from rlvr_lightning.delta.tensor import flat_bits, local, whole
@@ -151,11 +152,25 @@ class TensorFile:
         return tensor
 
 
+def by_rows(tensor: Tensor) -> bool:
+    """Whether every rank's part of a tensor is a run of its entries."""
+    return all(getattr(placement, "dim", 0) == 0 for placement in getattr(tensor, "placements", ()))
+
+
+def box(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part, a view, of a tensor that is sharded as `like`, however that is."""
+    if isinstance(like, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+        for dim, (first, entries) in enumerate(zip(offset, shape, strict=True)):
+            tensor = tensor.narrow(dim, min(first, tensor.shape[dim]), entries)
+    return tensor
+
+
 def check_rows(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless this rank's part of a tensor is a run of its entries."""
-    if isinstance(tensor, DTensor) and not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+    if not by_rows(tensor):
         raise ValueError(
-            f"DeltaCheckpointIO: {name!r} is not sharded by rows ({tensor.placements}); leave trainer.plugins out, and "
+            f"DeltaCheckpointIO: {name!r} is not sharded by rows ({tensor.placements}); leave trainer.plugins out, and "  # type: ignore[attr-defined]
             "checkpoints are the strategy's own"
         )
 

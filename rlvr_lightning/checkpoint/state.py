@@ -18,6 +18,7 @@ from torch import Tensor
 from rlvr_lightning.checkpoint.codec import pack, unpack
 from rlvr_lightning.checkpoint.file import Container
 from rlvr_lightning.checkpoint.folder import agree, damaged, read_manifest
+from rlvr_lightning.checkpoint.start import box, by_rows
 from rlvr_lightning.delta.codec import SEGMENT, decode, encode
 from rlvr_lightning.delta.file import signed
 from rlvr_lightning.delta.tensor import first_entry, flat_bits, local
@@ -197,6 +198,8 @@ class Reader:
                 f"checkpoint: {self.path} holds changes of {self.about.get('model')!r}, which only the modules of "
                 "rlvr_lightning load; turn it into a model's folder with: python -m rlvr_lightning export"
             )
+        if not by_rows(like):
+            return box(self.whole(name), like).contiguous()
         tensor = torch.empty(local(like).shape, dtype=dtype)
         self.write_(name, signed(flat_bits(tensor)), dtype, first_entry(like))
         return tensor

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.checkpoint.start import first_names
+from rlvr_lightning.checkpoint.start import box, first_names
 from rlvr_lightning.checkpoint.state import WHOLE, Spec
-from rlvr_lightning.delta.tensor import first_entry, local, whole
+from rlvr_lightning.delta.tensor import local, whole
 from rlvr_lightning.heap import give_back
 
 
@@ -60,9 +60,7 @@ class InMemory:
 
     def part(self, name: str, like: Tensor) -> Tensor:
         """This rank's part of a tensor that is sharded as `like`."""
-        mine = local(like)
-        first = first_entry(like)
-        return self.tensors[name].reshape(-1)[first : first + mine.numel()].view(mine.shape)
+        return box(self.tensors[name], like)
 
     def rest(self) -> bytes:
         """Nothing: torch has read it already."""
