@@ -23,6 +23,7 @@ from rlvr_lightning.checkpoint import check_readable
 from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
+from rlvr_lightning.grpo import GRPO
 
 RUNS = "runs"
 
@@ -139,6 +140,8 @@ class RLVRCLI(LightningCLI):
         if self._get(self.config, "dry_run"):
             self.describe()
             raise SystemExit(0)
+        if isinstance(self.model, GRPO):
+            self.model.check(self.trainer, self.datamodule)  # rather than after the measure
         self.started_s = time.monotonic()
         self.at_start: dict[str, float] = {}
         resumes = self._get(self.config, "ckpt_path")
@@ -207,6 +210,7 @@ def quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
+        ".*The dirpath has changed from.*",  # each run has a folder of its own
         ".*when logging on epoch level in distributed setting.*",  # what is logged is of all ranks already
     ):
         warnings.filterwarnings("ignore", text)

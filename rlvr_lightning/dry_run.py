@@ -24,7 +24,7 @@ from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.policy import Policy, compute_dtype_of
 from rlvr_lightning.strategy import Sharded, decoder_layers, fully_shard_layers
-from rlvr_lightning.trainer_checks import check_batches, check_trainer
+from rlvr_lightning.trainer_checks import sharing
 
 SHOWN = 3  # prompts
 ENTRY_BYTES = 6
@@ -45,16 +45,15 @@ def dry_run(module: Any, data: Any, trainer: Trainer, device: torch.device) -> s
     """
     if not isinstance(module, GRPO) or not isinstance(data, PromptData):
         raise ValueError(f"--dry_run describes rlvr_lightning.grpo.GRPO on PromptData, got {type(module).__name__}")
-    check_trainer(trainer, module.weights_dtype)
-    sharing = trainer.world_size // getattr(trainer.strategy, "tensor", 1)  # a batch of prompts
-    check_batches(data.prompts_per_step, module.group_size, module.batching, module.gradient_release, sharing)
+    module.check(trainer, data)
     with processes(trainer):
         policy = module._new_policy(empty=True)
         compute = compute_dtype_of(policy, module.compute_dtype, device)
         shares = count(module, policy, trainer, compute)
     data.setup("fit")
     parts = [about_model(policy, module, trainer, compute, device), table(shares, module, trainer)]
-    return "\n\n".join([*parts, about_batches(module, data, sharing), about_prompts(data, sharing)])
+    ranks = sharing(trainer)
+    return "\n\n".join([*parts, about_batches(module, data, ranks), about_prompts(data, ranks)])
 
 
 @contextmanager
@@ -229,10 +228,10 @@ def reference_note(shares: Shares, module: GRPO) -> str:
     return f"at the start; {share:.0f} % of the weights' bytes for each percent of entries that has changed"
 
 
-def about_batches(module: GRPO, data: PromptData, sharing: int) -> str:
+def about_batches(module: GRPO, data: PromptData, ranks: int) -> str:
     """How a batch of prompts is cut up among the processes that share it."""
     group, batching = module.group_size, module.batching
-    prompts = data.prompts_per_step // sharing
+    prompts = data.prompts_per_step // ranks
     completions = prompts * group
     rounds = math.ceil(completions / batching.rollout_batch)
     steps, step = batching.minibatches * batching.passes, completions // batching.minibatches
@@ -247,12 +246,12 @@ def about_batches(module: GRPO, data: PromptData, sharing: int) -> str:
     )
 
 
-def about_prompts(data: PromptData, sharing: int) -> str:
+def about_prompts(data: PromptData, ranks: int) -> str:
     """The first prompts of the first process, as they will be sampled."""
     loader = data.train_dataloader()
     batch = [loader.records[row] for row in loader.order(0)[: data.prompts_per_step]]
     lines = [f"{len(loader.records):,} prompts, {len(loader)} batches an epoch; the first process begins with"]
-    for record in batch[::sharing][:SHOWN]:
+    for record in batch[::ranks][:SHOWN]:
         lines.append(f"  [{record['index']}, {len(record['prompt_ids'])} tokens] {record['prompt']!r}")
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -51,7 +52,7 @@ from rlvr_lightning.schema import Rollouts, Sampling, one_token
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
 from rlvr_lightning.strategy import Layout, build_policy
-from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer
+from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer, sharing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -182,11 +183,14 @@ class GRPO(Evaluated, DeltaCheckpoints):
 
     def setup(self, stage: str) -> None:
         """Check what the trainer and the data module bring."""
-        if stage != "fit":
-            return
-        check_trainer(self.trainer, self.weights_dtype)
-        if prompts := getattr(getattr(self.trainer, "datamodule", None), "prompts_per_step", None):
-            check_batches(prompts, self.group_size, self.batching, self.gradient_release, self.ranks.size)
+        if stage == "fit":
+            self.check(self.trainer, getattr(self.trainer, "datamodule", None))
+
+    def check(self, trainer: Trainer, data: Any) -> None:
+        """Raise ValueError for a trainer or a data module that a fit cannot work with, before anything is loaded."""
+        check_trainer(trainer, self.weights_dtype)
+        if prompts := getattr(data, "prompts_per_step", None):
+            check_batches(prompts, self.group_size, self.batching, self.gradient_release, sharing(trainer))
 
     # ---- one training step ----
 

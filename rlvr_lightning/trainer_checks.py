@@ -68,6 +68,11 @@ def check_optimizer(make: Callable[..., Optimizer], release: GradientRelease | N
         on_change(optimizer, lambda parameter, undo: None, lambda parameter: True)
 
 
+def sharing(trainer: Trainer) -> int:
+    """Processes that share a batch of prompts, known before they are started."""
+    return trainer.world_size // getattr(trainer.strategy, "tensor", 1)
+
+
 def check_batches(prompts: int, group: int, batching: Batching, release: GradientRelease | None, ranks: int) -> None:
     """Raise ValueError where a batch does not divide into minibatches, or a released step has several micro-batches.
 

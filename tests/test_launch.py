@@ -63,6 +63,14 @@ def test_what_all_processes_find_wrong_is_said_once(tmp_path: Path) -> None:
     assert lines[0].startswith("error: trainer.strategy: shard (3) times replicate (1)")
 
 
+def test_a_batch_that_cannot_be_shared_is_refused_before_processes_start(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "fsdp.yaml", "--trainer.accelerator=cpu", "--data.prompts_per_step=5"]) == 2
+    said = capsys.readouterr()
+    assert "data.prompts_per_step (5) must be a multiple of batching.minibatches (1) times the number of" in said.err
+    assert "Validation" not in said.out
+
+
 # ---- dry run ----
 
 
