@@ -92,6 +92,7 @@ def resolve(wanted: str | None, trainer: Trainer, command: str | None) -> str | 
     if found is None and command != "fit":
         raise ValueError(f"--ckpt_path last: there is no checkpoint under {where}")
     if first:
-        said = f"resuming from {found}" if found else f"no checkpoint under {where} yet: starting afresh"
+        going = "resuming from" if command == "fit" else "reading"
+        said = f"{going} {found}" if found else f"no checkpoint under {where} yet: starting afresh"
         print(f"--ckpt_path last: {said}", file=sys.stderr, flush=True)
     return str(found) if found else None
