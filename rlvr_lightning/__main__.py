@@ -34,6 +34,7 @@ commands:
   python -m rlvr_lightning fit --config sgd.yaml                        the first run: a tiny model, minutes on a laptop
   python -m rlvr_lightning fit --config sgd.yaml --model.group_size 16  override a setting
   python -m rlvr_lightning fit --config sgd.yaml --print_config         show every setting of a run
+  python -m rlvr_lightning fit --config fsdp.yaml --dry_run             what each process would hold, and do first
   python -m rlvr_lightning fit --help                                   explain every setting
 
 A config is looked for in the working directory first, then among the packaged ones."""
