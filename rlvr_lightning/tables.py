@@ -95,7 +95,7 @@ def rows(records: Iterable[Mapping[str, Any]], metrics: Sequence[str], best: boo
             row += [spread(cell.values(name))]
         row += [spread([record["wall_s"] for record in cell.good], lambda seconds: f"{seconds:.0f}")]
         row += [gib(max(peaks)) if (peaks := _memory(cell, "peak_bytes")) else "-"]
-        row += [f"{max(state):,}" if (state := _memory(cell, "optimizer_state", "local_bytes")) else "-"]
+        row += [f"{max(state):,}" if (state := _memory(cell, "optimizer_state", "global_bytes")) else "-"]
         table.append(row)
     return table
 

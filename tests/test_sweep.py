@@ -169,7 +169,7 @@ def record(label, lr, seed, final, status="ok"):
         "status": status,
         "wall_s": 100.0 + seed,
         "metrics": {"val/x/pass@1": {"start": 0.25, "final": final, "best": final, "curve": curve}},
-        "memory": {"peak_bytes": 3 << 29, "optimizer_state": {"local_bytes": 1234}},
+        "memory": {"peak_bytes": 3 << 29, "optimizer_state": {"global_bytes": 1234}},
     }
 
 
