@@ -195,8 +195,8 @@ def kill_at(pids: list[int], aim: str, dice: random.Random, folder: Path) -> str
         for pid in pids:
             assert os.waitpid(pid, os.WNOHANG)[0] == 0, (aim, (folder / "log.txt").read_text()[-6000:])
         assert time.monotonic() < give_up, f"never saw {aim}"
-        time.sleep(0 if aim in ("save", "optimizer") else 0.0005)
-    time.sleep(dice.choice([0, dice.uniform(0, 0.004), dice.uniform(0, 0.03 if aim != "any" else 0.5)]))
+        time.sleep(0.0005 if aim == "any" else 0)
+    time.sleep(dice.choice([0, 0, dice.uniform(0, 0.004), dice.uniform(0, 0.03 if aim != "any" else 0.5)]))
     phase = PHASES[seen[0]]
     order = dice.sample(pids, len(pids))
     for number, pid in enumerate(order):
