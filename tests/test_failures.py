@@ -171,6 +171,7 @@ def test_a_killed_process_is_named_and_ends_the_others_under_torchrun(tmp_path):
     assert seconds < 60
 
 
+@pytest.mark.slow
 def test_an_exception_is_told_by_the_process_that_has_it_and_named_by_the_others(tmp_path):
     process = start("raise", tmp_path, launcher=[])
     text, seconds, pids = ending(process)
