@@ -30,7 +30,7 @@ def first_copy(tensor: Tensor, first_rank: bool = True) -> bool:
     whole = mesh._get_root_mesh()  # of a mesh of more dimensions, tensors on some of them are the same along the others
     others = [name for name in whole.mesh_dim_names or () if name not in names] if names else []
     return all(whole.get_local_rank(name) == 0 for name in others) and all(
-        at == 0 for at, place in zip(coordinate, tensor.placements, strict=True) if not place.is_shard()
+        at == 0 for at, place in zip(coordinate, tensor.placements, strict=True) if place.is_replicate()
     )
 
 

@@ -7,6 +7,7 @@
 <!-- bench scaling -->        bytes of each process by owner (`profiling/bench_scaling.py`)
 <!-- bench traffic -->        bytes that a process receives in a step, counted and in closed form
 <!-- bench traffic_models --> the same in closed form for larger models
+<!-- bench same_numbers -->   runs in several processes against the same in one (`tests/test_strategy.py`)
 <!-- end -->
 """
 
@@ -189,6 +190,25 @@ def traffic_models_table(record: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def same_numbers_table(record: dict[str, Any]) -> str:
+    """Of `results/same_numbers.json`: how far the weights of each run are from those of the run in one process."""
+    worlds = list(record["processes"])
+    rows = [["run", *(f"{world} processes" for world in worlds)]]
+    for name in record["processes"]["2"]:
+        cells = []
+        for case in (record["processes"][world].get(name) for world in worlds):
+            if case is None:
+                cells.append("-")
+            elif case["steps_with_same_completions"] < record["steps"]:
+                cells.append(f"same completions for {case['steps_with_same_completions']} steps")
+            elif case["entries_differing"]:
+                cells.append(f"{case['update_difference_frac']:.0e}, {case['entries_differing']:,.0f} entries")
+            else:
+                cells.append("the same bits")
+        rows.append([name, *cells])
+    return markdown(rows)
+
+
 def _table(what: str, results: Path) -> str:
     """The table of one block."""
     if not what:
@@ -199,6 +219,7 @@ def _table(what: str, results: Path) -> str:
         "scaling": ("bench_scaling.json", scaling_table),
         "traffic": ("bench_scaling.json", traffic_table),
         "traffic_models": ("bench_scaling.json", traffic_models_table),
+        "same_numbers": ("same_numbers.json", same_numbers_table),
     }
     file, make = makers.get(what, (f"bench_{what}.json", memory_table))
     return make(json.loads((results / file).read_text()))

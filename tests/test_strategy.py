@@ -62,17 +62,20 @@ def compare(models: str, out: Path, name: str, processes: int) -> dict[str, floa
         off += float((a.double() - b.double()).square().sum())
         moved += float((a.double() - at_start.to(a.dtype).double()).square().sum())
         differing += int((a != b).sum())
-    assert one.get("seen") == many.get("seen") or name in ROUNDED, f"{name}: other completions or rewards"
+    seen = [[x for x in found.get("seen", []) if x[0] == step] for found in (one, many) for step in range(20)]
+    alike = [a == b for a, b in zip(seen[:20], seen[20:], strict=True)]
+    same_steps = alike.index(False) if False in alike else len(alike)
     far = 0.0
     for step, (a, b) in enumerate(zip(one.get("told", []), many.get("told", []), strict=True)):
         assert a.keys() == b.keys()
         if name not in ROUNDED or step < 3:  # of the first training step
             far = max([far, *(abs(a[k] - b[k]) / max(1.0, abs(a[k])) for k in a if k != PER_SHARD)])
-    if name not in ROUNDED:
+    if name not in ROUNDED and same_steps == 20:
         assert one["val"].keys() == many["val"].keys()
         assert all(one["val"][key] == pytest.approx(many["val"][key], abs=1e-5) for key in one["val"])
         assert one["changed"] and one["changed"] == pytest.approx(many["changed"], rel=0.01), name
     return {
+        "steps_with_same_completions": same_steps,
         "update_difference_frac": (off / moved) ** 0.5 if moved else 0.0,
         "entries_differing": differing,
         "entries": sum(w.numel() for w in one["weights"].values()),
@@ -81,11 +84,21 @@ def compare(models: str, out: Path, name: str, processes: int) -> dict[str, floa
 
 
 def check(name: str, found: dict[str, float]) -> None:
-    """Equal to rounding: in float32 weights of the update; in bfloat16 ones of the few entries it tips over."""
-    assert found["largest_metric_difference_frac"] < (0.02 if name in ROUNDED else 2e-3), (name, found)
-    if CASES[name].get("dtype") == "bfloat16":
+    """Equal to rounding: in float32 weights of the update; in bfloat16 ones of the few entries it tips over.
+
+    One such entry, 0.4 % off, may one day change a sampled token, after which the runs are two.
+    """
+    rounded = CASES[name].get("dtype") == "bfloat16"
+    if name in ROUNDED:
+        assert found["largest_metric_difference_frac"] < 0.02, (name, found)
+        return
+    assert found["steps_with_same_completions"] >= (5 if rounded else 20), (name, found)
+    if found["steps_with_same_completions"] < 20:
+        return
+    assert found["largest_metric_difference_frac"] < 2e-3, (name, found)
+    if rounded:
         assert found["entries_differing"] <= 0.005 * found["entries"], (name, found)
-    elif name not in ROUNDED:
+    else:
         assert found["update_difference_frac"] < 1e-4, (name, found)
 
 
@@ -103,12 +116,18 @@ def test_two_processes_do_what_one_does(folders, short, name) -> None:
     check(name, compare(folders, short, name, 2))
 
 
-def test_odd_shards_and_idle_ranks(folders, short) -> None:
-    """Three processes: no dimension of the model divides by 3, and validation batches leave ranks without prompts."""
-    names = ["split released", "layers", "minibatches", "signal on some", "sft"]
-    run(folders, short, 3, 3, *names)
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [
+        (3, ["split released", "layers", "minibatches", "signal on some", "sft"]),
+        (4, ["tensor released", "replicas released"]),
+    ],
+)
+def test_odd_shards_idle_ranks_and_two_axes(folders, short, processes, names) -> None:
+    """No dimension of the model divides by 3, and validation batches leave ranks without prompts."""
+    run(folders, short, 3, processes, *names)
     for name in names:
-        check(name, compare(folders, short, name, 3))
+        check(name, compare(folders, short, name, processes))
 
 
 @pytest.mark.slow
