@@ -332,7 +332,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
 
     def _idle_pass(self) -> None:
         """A forward and a backward pass for nothing but the ranks that have more: layers are gathered by all."""
-        out = self.policy(one_token(cast(int, self.tokenizer.pad_token_id), self.device))
+        out = self.policy(one_token(cast(int, self.tokenizer.pad_token_id), self.ranks.device))
         self.updates.backward(0.0 * out.logprobs.sum())
 
     def _global_counts(self, mask: Tensor) -> Counts:

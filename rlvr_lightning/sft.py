@@ -109,11 +109,11 @@ class SFT(DeltaCheckpoints):
         for name in dict.fromkeys(record["benchmark"] for record in batch):
             total, tokens = self._nll([record for record in batch if record["benchmark"] == name])
             everywhere = self.layout.data.sum(total.detach())
-            self._val_sums[name] += torch.stack([everywhere, torch.tensor(float(tokens), device=self.device)])
+            self._val_sums[name] += torch.stack([everywhere, torch.full_like(everywhere, tokens)])
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last validation."""
-        self._val_sums = defaultdict(lambda: torch.zeros(2, device=self.device))
+        self._val_sums = defaultdict(lambda: torch.zeros(2, device=self.trainer.strategy.root_device))
 
     def on_validation_epoch_end(self) -> None:
         """Log nats per token of each benchmark."""
@@ -123,14 +123,14 @@ class SFT(DeltaCheckpoints):
     def _nll(self, batch: list[Record]) -> tuple[Tensor, int]:
         """Negative log-likelihood of this rank's demonstrations, float32 scalar; tokens of all ranks' ones."""
         assert self.policy is not None
-        ranks = self.layout.data
+        ranks, device = self.layout.data, self.trainer.strategy.root_device
         pairs = [(record["prompt_ids"], demonstration_ids(record, self.tokenizer)) for record in batch]
         mine = sorted(pairs[ranks.rank :: ranks.size], key=lambda pair: len(pair[0]) + len(pair[1]))
         rows = [mine[at : at + ROWS] for at in range(0, len(mine), ROWS)]
         idle = ranks.most(len(rows)) - len(rows)
-        logprobs = [self.policy(as_rollouts(row, self.device)).logprobs.sum() for row in rows]
+        logprobs = [self.policy(as_rollouts(row, device)).logprobs.sum() for row in rows]
         for _ in range(idle):  # for the ranks that have more: layers are gathered by all
-            logprobs.append(0.0 * self.policy(one_token(0, self.device)).logprobs.sum())
+            logprobs.append(0.0 * self.policy(one_token(0, device)).logprobs.sum())
         return -torch.stack(logprobs).sum(), sum(len(completion) for _, completion in pairs)
 
     def on_fit_end(self) -> None:

@@ -106,6 +106,16 @@ class Sharded(ShardedCheckpoints):
         if self.lightning_module is not None:
             self.lightning_module._device_mesh = self._device_mesh
 
+    def _get_process_group_backend(self) -> str:
+        """Objects and what lies in host memory travel over gloo, also between GPUs."""
+        on_gpu = self._process_group_backend is None and self.root_device.type == "cuda"
+        return "cpu:gloo,cuda:nccl" if on_gpu else super()._get_process_group_backend()
+
+    def model_to_device(self) -> None:
+        """Shards in host memory stay there; all others are where they belong already."""
+        if not self.cpu_offload:
+            super().model_to_device()
+
     def _not_met(self, error: BaseException) -> str:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         within = f" within trainer.strategy.timeout_s ({self._timeout})"
@@ -185,6 +195,8 @@ def build_policy(
         return policy, Layout()
     fully_shard_layers(policy, strategy.device_mesh, compute, strategy)
     policy.to_empty(device=torch.device("cpu") if strategy.cpu_offload else device)
+    for module in policy.modules():
+        module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
     fill(policy, whole)
     return policy, layout_of(strategy.device_mesh, strategy.root_device, strategy.rollout)
 
@@ -304,6 +316,7 @@ class Gathered:
 
     def __init__(self, policy: Policy, ranks: Ranks, how: Literal["once", "layers"]) -> None:
         self.policy, self.ranks, self.how = policy, ranks, how
+        self.device = ranks.device
         self.units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
 
     def session(self) -> AbstractContextManager[None]:

@@ -22,6 +22,11 @@ REFILL = 0.75  # sequences join when no more than this share of the batch is in 
 class Runner(Protocol):
     """Who runs the model's forward passes; a model that is spread over processes has one of its own."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where passes run; weights may lie elsewhere until then."""
+        ...
+
     def session(self) -> AbstractContextManager[None]:
         """Around one call of `generate`."""
         ...
@@ -40,6 +45,11 @@ class Alone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
 
     def session(self) -> AbstractContextManager[None]:
         """Nothing to prepare."""
@@ -158,7 +168,7 @@ class _Run:
         self, engine: HFEngine, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, seeds: Sequence[int]
     ) -> None:
         self.engine, self.prompts, self.group, self.sampling = engine, prompts, group, sampling
-        self.device = device = next(engine.model.parameters()).device
+        self.device = device = engine.runner.device
         total = len(prompts) * group
         self.keys = stream_keys(seeds, group).to(device)
         self.prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
