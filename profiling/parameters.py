@@ -24,7 +24,7 @@ class Parameter:
     """Within its unit."""
     shape: tuple[int, ...]
     unit: str
-    """`layers` (a decoder layer, the unit of sharding) or `rest`."""
+    """`layers` (decoder layers, the units of sharding), `dense layers` where others are mixtures, or `rest`."""
     copies: int = 1
     """Units that have one."""
 
@@ -58,8 +58,8 @@ def parameters(config: Config) -> list[Parameter]:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise UnknownArchitecture(f"model: the shapes of {kind!r} models are not known here")
-    for name in sorted(SIZES & config.keys()):
-        value = config[name]
+    for name in SIZES:
+        value = config.get(name)
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"model: {name} must be a whole number above 0, got {value!r}")
     try:
@@ -79,9 +79,9 @@ def named() -> dict[str, dict[str, Any]]:
     return found
 
 
-def _layers(kinds: Mapping[str, tuple[int, ...]], copies: int) -> Iterator[Parameter]:
+def _layers(kinds: Mapping[str, tuple[int, ...]], copies: int, unit: str = "layers") -> Iterator[Parameter]:
     if copies:
-        yield from (Parameter(name, shape, "layers", copies) for name, shape in kinds.items())
+        yield from (Parameter(name, shape, unit, copies) for name, shape in kinds.items())
 
 
 def _rest(config: Config, *norms: str) -> Iterator[Parameter]:
@@ -156,7 +156,7 @@ def qwen_moe(config: Config) -> Iterator[Parameter]:
         experts |= _mlp(config, config["shared_expert_intermediate_size"], "shared_expert")
         experts |= {"shared_expert_gate": (1, config["hidden_size"])}
     yield from _layers(common | experts, mixed)
-    yield from _layers(common | _mlp(config, config["intermediate_size"]), total - mixed)
+    yield from _layers(common | _mlp(config, config["intermediate_size"]), total - mixed, "dense layers")
     yield from _rest(config)
 
 
@@ -169,7 +169,7 @@ def llama4(config: Config) -> Iterator[Parameter]:
     experts = _experts(config, config["num_local_experts"], config["intermediate_size"])
     experts |= _mlp(config, config["intermediate_size"], "shared_expert")
     yield from _layers(common | experts, mixed)
-    yield from _layers(common | _mlp(config, config["intermediate_size_mlp"]), total - mixed)
+    yield from _layers(common | _mlp(config, config["intermediate_size_mlp"]), total - mixed, "dense layers")
     yield from _rest(config)
 
 
@@ -188,7 +188,7 @@ def deepseek(config: Config) -> Iterator[Parameter]:
     common, first = attention | _norms(config), config.get("first_k_dense_replace", 0)
     experts = _experts(config, config["n_routed_experts"], config["moe_intermediate_size"])
     shared = config["moe_intermediate_size"] * config["n_shared_experts"]
-    yield from _layers(common | _mlp(config, config["intermediate_size"]), first)
+    yield from _layers(common | _mlp(config, config["intermediate_size"]), first, "dense layers")
     yield from _layers(common | experts | _mlp(config, shared, "shared_experts"), config["num_hidden_layers"] - first)
     yield from _rest(config)
 
@@ -233,17 +233,10 @@ def opt(config: Config) -> Iterator[Parameter]:
         yield Parameter("final_norm.bias", (hidden,), "rest")
 
 
-SIZES = frozenset(
-    ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    + (
-        "num_key_value_heads",
-        "num_experts",
-        "num_local_experts",
-        "moe_intermediate_size",
-        "n_embd",
-        "n_layer",
-        "n_head",
-    )
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "n_embd"),
+    *("num_hidden_layers", "n_layer", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("num_experts", "num_local_experts"),
 )
 """Settings that must be sizes."""
 TIED = {"gpt2": True, "opt": True, "gemma": True, "gemma2": True, "gemma3_text": True, "smollm3": True}
