@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from math import prod
 
 Shape = tuple[int, ...]
-CHUNK_CPU, CHUNK_GPU = 1 << 17, 1 << 24
-"""Entries that our SGD steps at a time: those of `rlvr_lightning.optim.update`, which would load torch."""
+CHUNK_CPU = 1 << 17
+"""Entries that our SGD steps at a time: that of `rlvr_lightning.optim.update`, which would load torch."""
 STEP = 4
 """Bytes of torch's own count of steps, a tensor of fp32 for each parameter."""
 
@@ -93,8 +93,8 @@ def _few(number: int) -> Callable[[int, int, int, bool], int]:
 
 
 def _chunk(bytes_each: int) -> Callable[[int, int, int, bool], int]:
-    """Old weights, bits and a mask (and dice) of a chunk, of the size that `rlvr_lightning.optim.update` has."""
-    return lambda total, largest, width, gpu: min(largest, CHUNK_GPU if gpu else CHUNK_CPU) * bytes_each
+    """Old weights, bits and a mask (and dice) of a chunk; on a GPU the kernel needs none of them."""
+    return lambda total, largest, width, gpu: 0 if gpu else min(largest, CHUNK_CPU) * bytes_each
 
 
 TORCH, OURS = "torch.optim.", "rlvr_lightning.optim.SGD"

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 Config = Mapping[str, Any]
+COUNTED = "counted parameters"
+"""Where a config holds the parameters of its module, of an architecture not known here (see `find_model`)."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ def parameters(config: Config) -> list[Parameter]:
     """
     config = config.get("text_config") or config
     kind = config.get("model_type")
+    if COUNTED in config:
+        return list(config[COUNTED])
     if kind not in ARCHITECTURES:
         raise UnknownArchitecture(f"model: the shapes of {kind!r} models are not known here")
     for name in SIZES:

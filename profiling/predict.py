@@ -61,7 +61,7 @@ def predict(config: Mapping[str, Any], run: Run) -> Ledger:
     fixed, one, w = sizes(config, run), passes(config, run), widths(config, run.tensor)
     always = Held(
         weights=fixed.weights,
-        optimizer_state=sum(fixed.state.values()),
+        optimizer_state=0 if run.low_on_host else sum(fixed.state.values()),
         reference=fixed.reference,
         overhead=CUDA_OVERHEAD if run.device == "cuda" else 0,
     )
@@ -73,8 +73,8 @@ def predict(config: Mapping[str, Any], run: Run) -> Ledger:
 
 def _rollout(always: Held, fixed: Sizes, w: Widths, run: Run) -> list[Instant]:
     compute = WIDTH[run.compute_dtype]
-    rows = min(run.rollout_batch, run.step_completions or run.rollout_batch)
-    prompts = min(ceil(rows / run.group_size) + 1, ceil((run.step_completions or rows) / run.group_size))
+    rows = min(run.rollout_batch, run.completions)
+    prompts = min(ceil(rows / run.group_size) + 1, ceil(run.completions / run.group_size))
     gathered = gathered_bytes(fixed, run, "rollout")
     # the gradients of the step before are there until the next backward pass makes room
     held = replace(

@@ -34,6 +34,8 @@ class Run:
     micro_batch: int = 32
     step_completions: int | None = None
     """Completions of an optimizer step in this process; None is one micro-batch."""
+    minibatches: int = 1
+    """Optimizer steps that the completions of a rollout are split into."""
     group_size: int = 8
     prompt_tokens: int = 256
     max_tokens: int = 64
@@ -45,10 +47,21 @@ class Run:
     reduce_dtype: str = "float32"
     rollout: str = "once"
     cpu_offload: bool = False
+    low_on_host: bool = False
+    """The low halves of `sgd_split` are in host memory."""
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "group_size", "prompt_tokens", "max_tokens", "rollout_batch", "shard", "replicate"):
+        for name in (
+            "micro_batch",
+            "group_size",
+            "prompt_tokens",
+            "max_tokens",
+            "rollout_batch",
+            "shard",
+            "replicate",
+            "tensor",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         choices = {"optimizer": tuple(RULES), "reference": ("none", "copy", "delta"), "rollout": ("once", "layers")}
@@ -79,6 +92,11 @@ class Run:
     def micro_batches(self) -> int:
         """Of an optimizer step."""
         return max(1, ceil((self.step_completions or self.micro_batch) / self.micro_batch))
+
+    @property
+    def completions(self) -> int:
+        """Of a rollout in this process."""
+        return (self.step_completions or self.micro_batch) * self.minibatches
 
     @property
     def processes(self) -> int:

@@ -12,6 +12,10 @@ COMMANDS = {
     "validate": ("rlvr_lightning.cli", "measure a model (or --ckpt_path) on the held-out problems of a config"),
     "test": ("rlvr_lightning.cli", "the same on its test problems"),
     "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
+    "profile": (
+        "rlvr_lightning.profiling.command",
+        "how much memory a run will take: a table, --config NAME or --model NAME",
+    ),
     "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
     "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
