@@ -24,6 +24,7 @@ from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 from rlvr_lightning.grpo import GRPO
+from rlvr_lightning.strategy import Sharded
 
 RUNS = "runs"
 
@@ -123,6 +124,8 @@ class RLVRCLI(LightningCLI):
         for config in (self.config, self.config_init):
             config[self.subcommand]["ckpt_path"] = path
         check_readable(path, self.trainer)
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.begins = "from a checkpoint" if path else "afresh"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with a bar, logging to `runs/NAME/version_K` unless the YAML names loggers."""

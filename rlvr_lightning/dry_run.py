@@ -234,14 +234,17 @@ def about_batches(module: GRPO, data: PromptData, ranks: int) -> str:
     prompts = data.prompts_per_step // ranks
     completions = prompts * group
     rounds = math.ceil(completions / batching.rollout_batch)
-    steps, step = batching.minibatches * batching.passes, completions // batching.minibatches
+    steps = batching.minibatches * batching.passes
+    step = (
+        min(prompts, data.prompts_per_step // batching.minibatches) * group
+    )  # at most: minibatches are drawn from all
     micros = math.ceil(step / batching.micro_batch)
     return "\n".join(
         [
             f"{data.prompts_per_step} prompts a batch, {prompts} in each process, {group} completions of up to "
             f"{module.sampling.max_tokens} tokens for each: {completions}, drawn in {rounds} round{'s' * (rounds > 1)}",
-            f"{steps} optimizer step{'s' * (steps > 1)} a batch, in each process of {step} completions in {micros} "
-            f"micro-batch{'es' * (micros > 1)} of up to {min(batching.micro_batch, step)}",
+            f"{steps} optimizer step{'s' * (steps > 1)} a batch, in each process of up to {step} completions in "
+            f"{micros} micro-batch{'es' * (micros > 1)} of up to {min(batching.micro_batch, step)}",
         ]
     )
 

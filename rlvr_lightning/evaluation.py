@@ -69,7 +69,8 @@ class Evaluated(LightningModule):
         verifier = next(iter(self.scorer.rewards))
         for mode, (sampling, group) in modes.items():
             rollouts = self.engine.generate(prompts, group, sampling, seeds)
-            parts = self.scorer(rollouts, records, self.failures_file).parts[verifier]
+            scores = self.layout.tensor.first(self.scorer(rollouts, records, self.failures_file))
+            parts = scores.parts[verifier]
             passed = (parts >= 1.0).float().view(-1, group).mean(1).tolist()
             for record, share in zip(records, passed, strict=True):
                 self._passed.setdefault((split, record["benchmark"], mode), []).append(share)

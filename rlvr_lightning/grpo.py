@@ -205,7 +205,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.learn(experience)
         self._phase("")
         now = time.perf_counter()
-        tokens = int(rollouts.lengths.sum())
+        tokens = int(self.ranks.sum(rollouts.lengths.sum()))
         timing = {
             "time/train_s": now - learning,
             "time/step_s": now - started,
@@ -235,7 +235,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
         self._phase("reward")
         sampled = time.perf_counter()
-        scores = self.scorer(rollouts, records, self.failures_file)
+        scores = self.layout.tensor.first(self.scorer(rollouts, records, self.failures_file))
         failed, scored = self.ranks.sum(torch.tensor([scores.failed, len(scores.total)])).tolist()
         if failed > self.handling.max_failed_frac * scored:
             raise ValueError(
@@ -254,7 +254,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
             mask = mask & ~rollouts.truncated[:, None]
         advantages = group_advantages(rewards, self.group_size, self.advantage)
         samples = self.scorer.samples(rollouts, records)
-        self.last_samples = describe(samples, scores, advantages, self.rollout_step)
+        told = describe(samples, scores, advantages, self.rollout_step)
+        self.last_samples = told if self.layout.tensor.rank == 0 else []  # the others have the same
         ref_logprobs = None
         if self.reference is not None:
             self._phase("reference")
@@ -284,7 +285,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
     def _keep_batch(self, experience: Experience) -> str:
         """Write the batch down for `replay`; returns why the run stops."""
         folder = self.run_folder / "not_finite" / f"step_{self.global_step}"
-        save_batch(folder, self.ranks.rank, experience, about_batch(self))
+        if self.layout.tensor.rank == 0:
+            save_batch(folder, self.ranks.rank, experience, about_batch(self))
         self.ranks.any(False)  # all have written
         return (
             f"loss or gradient were not finite in {self.nonfinite_in_row} optimizer steps in a row, the limit of "
@@ -365,8 +367,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         }
         values |= {"update/changed_entries": mine["changed"]} if "changed" in mine else {}
         if self.reference is not None:
-            nbytes = self.layout.shards.sum(torch.tensor(self.reference.nbytes))
-            values["memory/reference_bytes"] = float(nbytes)
+            held = torch.tensor(self.reference.held_bytes(self.layout.shards), dtype=torch.float64)
+            values["memory/reference_bytes"] = float(self.layout.shards.sum(held))
         values |= token_means(sums)
         if "policy/kl" in values:
             self.log("policy/kl", values.pop("policy/kl"), prog_bar=True)

@@ -60,6 +60,16 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def first(self, value: Value) -> Value:
+        """The first rank's value, on all; of anything that pickles."""
+        return self.gather(value)[0]
+
+    def same_(self, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor, of one shape on all ranks, with the first rank's; returns it."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
     def _reduced(self, tensor: Tensor, how: Any) -> Tensor:
         if self.size == 1:
             return tensor

@@ -21,6 +21,7 @@ from rlvr_lightning.delta import TensorDelta
 from rlvr_lightning.delta.tensor import flat_bits, local
 from rlvr_lightning.optim.tensorwise import on_change
 from rlvr_lightning.policy import Policy
+from rlvr_lightning.ranks import Ranks
 from rlvr_lightning.schema import Rollouts
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,10 @@ class Reference:
     def nbytes(self) -> int:
         """Bytes beside the policy's own."""
         return sum(kept.nbytes for kept in self._kept.values())
+
+    def held_bytes(self, shards: Ranks) -> float:
+        """This rank's part of the bytes that all shards of it take, counting once what several ranks hold alike."""
+        return sum(kept.nbytes / shards.copies_of(parameter) for parameter, kept in self._kept.items())
 
     @property
     def follows_changes(self) -> bool:
@@ -130,6 +135,8 @@ class Reference:
                 swapped.append(parameter)
             yield
         finally:
+            if torch.cuda.is_initialized() and any(not parameter.is_cuda for parameter in swapped):
+                torch.cuda.synchronize()  # offloaded shards may still be on their way to the GPU
             for parameter in swapped:
                 self._swap(parameter)
 

@@ -22,7 +22,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlvr_lightning.checkpoint import DeltaCheckpoints
-from rlvr_lightning.delta.tensor import local, whole
+from rlvr_lightning.checkpoint.start import first_names
+from rlvr_lightning.delta.tensor import whole
 from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
 from rlvr_lightning.schema import Rollouts, one_token
 from rlvr_lightning.strategy import Layout, build_policy
@@ -194,10 +195,7 @@ def export(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, writes:
 
 def untied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights without second names of the same tensor, such as an output layer tied to the embedding."""
-    first: dict[int, str] = {}
-    for name, tensor in weights.items():
-        first.setdefault(local(tensor).data_ptr() or id(tensor), name)
-    return {name: weights[name] for name in first.values()}
+    return {name: weights[name] for name in first_names(weights)[0]}
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -11,6 +11,7 @@ in `reduce_dtype`, and rounded to the weights' dtype after that. The optimizer s
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.distributed import _destroy_dist_connection, _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
@@ -85,6 +86,8 @@ class Sharded(ShardedCheckpoints):
         self.shard, self.replicate, self.tensor = shard, replicate, tensor
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         self.rollout, self.cpu_offload = rollout, cpu_offload
+        self.begins = ""
+        """How this process means to begin, afresh or from a checkpoint; all must mean the same."""
 
     def setup_environment(self) -> None:
         """Start the processes' group and arrange them in a mesh of replicas and shards."""
@@ -93,6 +96,8 @@ class Sharded(ShardedCheckpoints):
             self._setup_distributed()
         except dist.DistError as error:
             raise ValueError(self._not_met(error)) from error
+        if "nccl" in (self._process_group_backend or ""):
+            atexit.register(_destroy_dist_connection)  # Lightning does where the backend is NCCL alone
         watch.start({child.pid: child for child in getattr(self.launcher, "procs", ())})
         others = self.replicate * self.tensor
         shard = max(1, self.world_size // others) if self.shard == "auto" else self.shard
@@ -103,6 +108,15 @@ class Sharded(ShardedCheckpoints):
             )
         sizes = (self.replicate, shard, self.tensor)
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
+        for sub in (*(self._device_mesh[axis] for axis in AXES), *flattened(self._device_mesh)):
+            dist.distributed_c10d._set_pg_timeout(
+                cast(timedelta, self._timeout), sub.get_group()
+            )  # torch's own is half an hour
+        if len(set(Ranks(size=self.world_size).gather(self.begins))) > 1:
+            raise ValueError(
+                "--ckpt_path last: some processes see checkpoints and others none; put the run folder on a file system "
+                "that all machines share"
+            )
         if self.lightning_module is not None:
             self.lightning_module._device_mesh = self._device_mesh
 
@@ -159,11 +173,13 @@ class Layout:
     """Processes that share a batch of prompts."""
     shards: Ranks = ALONE
     """Processes that hold one copy of the model between them."""
+    tensor: Ranks = ALONE
+    """Processes that compute each layer together, on the same prompts: they must go on with the same."""
     rollout: Literal["once", "layers"] = "once"
 
     def runner(self, policy: Policy) -> Runner | None:
         """Who runs the policy's forward passes while completions are sampled; None if it is whole in this process."""
-        return Gathered(policy, self.data, self.rollout) if isinstance(policy, FSDPModule) else None
+        return Gathered(policy, self, self.rollout) if isinstance(policy, FSDPModule) else None
 
 
 def build_policy(
@@ -219,14 +235,20 @@ def fill(policy: Policy, whole: Policy | None) -> None:
         dist.broadcast(buffer, src=0)
 
 
+def flattened(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:
+    """The processes that share a batch, and those that hold one copy of the model, each along one axis."""
+    return mesh[DATA]._flatten("data"), mesh["shard", "tensor"]._flatten("shards")
+
+
 def layout_of(mesh: DeviceMesh, device: torch.device, rollout: Literal["once", "layers"]) -> Layout:
     """The groups of processes in a mesh of replicas and shards."""
 
     def ranks(sub: DeviceMesh) -> Ranks:
         return Ranks(rank=sub.get_local_rank(), size=sub.size(), group=sub.get_group(), device=device)
 
-    data, shards = ranks(mesh[DATA]._flatten("data")), ranks(mesh["shard", "tensor"]._flatten("shards"))
-    return Layout(data=data, shards=replace(shards, copies=mesh["tensor"].size()), rollout=rollout)
+    data, shards = (ranks(sub) for sub in flattened(mesh))
+    tensor = ranks(mesh["tensor"])
+    return Layout(data=data, shards=replace(shards, copies=tensor.size), tensor=tensor, rollout=rollout)
 
 
 def fully_shard_layers(policy: Policy, mesh: DeviceMesh, compute: torch.dtype, strategy: Sharded) -> None:
@@ -310,13 +332,13 @@ class Gathered:
 
     Args:
         policy: sharded.
-        ranks: the processes that gather together.
+        layout: who gathers and computes together.
         how: `once` or `layers`; see `Sharded`.
     """
 
-    def __init__(self, policy: Policy, ranks: Ranks, how: Literal["once", "layers"]) -> None:
-        self.policy, self.ranks, self.how = policy, ranks, how
-        self.device = ranks.device
+    def __init__(self, policy: Policy, layout: Layout, how: Literal["once", "layers"]) -> None:
+        self.policy, self.layout, self.how = policy, layout, how
+        self.device = layout.data.device
         self.units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
 
     def session(self) -> AbstractContextManager[None]:
@@ -342,4 +364,8 @@ class Gathered:
 
     def pace(self, busy: bool) -> bool:
         """Whether another forward pass must be made, for some rank needs it: layers are gathered by all or by none."""
-        return self.ranks.any(busy) if self.how == "layers" else busy
+        return self.layout.data.any(busy) if self.how == "layers" else busy
+
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """Those of the first of the processes that compute layers together: a last bit may differ, and tip a draw."""
+        return self.layout.tensor.same_(tokens)

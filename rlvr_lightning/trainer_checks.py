@@ -89,4 +89,5 @@ def check_batches(prompts: int, group: int, batching: Batching, release: Gradien
             f"({batching.minibatches}) times the number of processes ({ranks})"
         )
     if release:
-        release.check(prompts // batching.minibatches // ranks * group, batching.micro_batch)
+        most = min(prompts // ranks, prompts // batching.minibatches)  # a minibatch is drawn from all ranks' prompts
+        release.check(most * group, batching.micro_batch)

@@ -117,13 +117,17 @@ class Watch:
             else:
                 self._missed.add(rank)
         others = [0] if self.rank else [r for r in range(self.size) if r in self._heard or self._has_begun(r)]
-        for rank, beat in zip(others, self.store.multi_get([f"watch/beat/{r}" for r in others]), strict=True):
+        here = {rank for rank, _, _ in self._neighbours()}  # of those the pid tells all, however busy they are
+        others = [rank for rank in others if rank not in here]
+        beats = self.store.multi_get([f"watch/beat/{r}" for r in others]) if others else []
+        for rank, beat in zip(others, beats, strict=True):
             known, since_s = self._heard.get(rank, (b"", 0.0))
             if late or beat != known:
                 self._heard[rank] = (beat, time.monotonic())
             elif beat != b"left" and time.monotonic() - since_s > SILENT_S:
                 return self._cause(
-                    rank, f"has not answered for {SILENT_S:.0f} s: it was killed, or its machine is down"
+                    rank,
+                    f"has not answered for {SILENT_S:.0f} s: killed, its machine down, or busy in one call of Python's",
                 )
         return None
 

@@ -26,7 +26,7 @@ from rlvr_lightning.policy import TINY, LoRA
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sampling
 from rlvr_lightning.sft import SFT
-from rlvr_lightning.strategy import Sharded
+from rlvr_lightning.strategy import AXES, Sharded, flattened
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PROMPTS = 12  # in a step: a whole number for 1, 2, 3 and 4 processes
@@ -40,6 +40,13 @@ class SameForSome(Reward):
 
     def __call__(self, samples):
         return [0.0 if int(s.prompt[:1]) % 2 == 0 else d for s, d in zip(samples, Digits()(samples), strict=True)]
+
+
+class Disagreeing(Digits):
+    """A verifier that says something else in every second process, as one that runs out of time may."""
+
+    def __call__(self, samples):
+        return super().__call__(samples) if int(os.environ.get("RANK", 0)) % 2 == 0 else [0.0] * len(samples)
 
 
 def torch_sgd(momentum: float = 0.0):
@@ -81,6 +88,7 @@ CASES: dict[str, dict] = {
         "batching": WHOLE,
         "gradient_release": GradientRelease(),
     },
+    "tensor disagreeing": {"strategy": {"tensor": 2}, "rewards": {"r": Disagreeing()}},
     "gpt2": {"kind": "gpt2", "objective": KL},
     "replicas": {"strategy": {"replicate": "all"}, "objective": KL},
     "sft": {"sft": True},
@@ -161,6 +169,12 @@ def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -
         max_steps=steps, callbacks=[sparsity], check_val_every_n_epoch=8, num_sanity_val_steps=0, **place, **quiet
     )
     trainer.fit(model, datamodule=prompts)
+    if WORLD > 1:  # torch gives groups of some of the processes half an hour
+        groups = [
+            mesh.get_group() for mesh in (*(strategy.device_mesh[a] for a in AXES), *flattened(strategy.device_mesh))
+        ]
+        waits_s = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+        assert waits_s == {60.0}, waits_s
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
         "weights": {n: whole(p).detach().clone() for n, p in model.policy.named_parameters()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from rlvr_lightning.optim import SGD, GradientRelease, update
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.profiling.allocations import AllocationCounter
 from rlvr_lightning.strategy import Sharded
-from rlvr_lightning.trainer_checks import check_trainer
+from rlvr_lightning.trainer_checks import check_batches, check_trainer
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -148,6 +149,14 @@ def test_scaled_losses_and_several_processes_are_refused() -> None:
         check_trainer(SimpleNamespace(world_size=2, strategy=DDPStrategy(), precision="32-true"), torch.float32)
     with pytest.raises(ValueError, match=r"set model\.compute_dtype: bfloat16"):
         check_trainer(SimpleNamespace(world_size=2, strategy=Sharded(), precision="bf16-mixed"), torch.float32)
+
+
+def test_a_released_minibatch_may_fall_on_one_process_alone() -> None:
+    """It is drawn from the prompts of all: 8 of 16 may all be one process's."""
+    minibatches = Batching(minibatches=2, micro_batch=32)
+    with pytest.raises(ValueError, match=r"micro_batch is 32 and a step has 64 completions; raise it to 64"):
+        check_batches(16, 8, minibatches, GradientRelease(), ranks=2)
+    check_batches(16, 8, replace(minibatches, micro_batch=64), GradientRelease(), ranks=2)
 
 
 @pytest.mark.parametrize(

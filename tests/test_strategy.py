@@ -120,7 +120,7 @@ def test_two_processes_do_what_one_does(folders, short, name) -> None:
     ("processes", "names"),
     [
         (3, ["split released", "layers", "minibatches", "signal on some", "sft"]),
-        (4, ["tensor released", "replicas released"]),
+        (4, ["tensor released", "replicas released", "tensor disagreeing"]),
     ],
 )
 def test_odd_shards_idle_ranks_and_two_axes(folders, short, processes, names) -> None:

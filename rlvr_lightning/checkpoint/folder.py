@@ -84,6 +84,11 @@ def agree(ranks: Ranks, error: str | None) -> None:
 
 
 def _finish(part: Path, path: Path, manifest: dict[str, Any]) -> None:
+    if missing := [name for name in manifest["files"] if not (part / name).is_file()]:
+        raise ValueError(
+            f"checkpoint: {missing[0]}, written by another process, cannot be seen by the first; put the run folder on "
+            "a file system that all machines share"
+        )
     manifest = {"format": FORMAT, "version": VERSION, **manifest, "checksum": ""}
     manifest["checksum"] = hashlib.sha256(canonical(manifest)).hexdigest()
     with (part / MANIFEST).open("wb") as file:
@@ -152,6 +157,13 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_presence(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file of a checkpoint is missing."""
+    for name in manifest["files"]:
+        if not (folder / name).is_file():
+            raise damaged(folder, f"{name} is missing")
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], ranks: Ranks = ALONE) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlvr_lightning.checkpoint.file import sweep
-from rlvr_lightning.checkpoint.folder import MANIFEST
+from rlvr_lightning.checkpoint.folder import MANIFEST, check_presence, read_manifest
 from rlvr_lightning.checkpoint.io import is_ours, read
 
 
@@ -25,12 +25,13 @@ def run_folders(trainer: Trainer) -> list[Path]:
     return list(dict.fromkeys(found or [Path(trainer.default_root_dir) / "checkpoints"]))
 
 
-def find_last(folders: Iterable[Path], check: bool = True) -> Path | None:
+def find_last(folders: Iterable[Path], check: bool = True, thorough: bool = True) -> Path | None:
     """The newest checkpoint in some folders; None if there is none. What is passed over is named on stderr.
 
     Args:
         folders: are searched at any depth.
-        check: whether all bytes of it are checked; otherwise it may be damaged.
+        check: whether it is checked at all.
+        thorough: whether every byte is; otherwise only that all of its files are there.
 
     Raises:
         ValueError: there are some, all damaged.
@@ -41,7 +42,7 @@ def find_last(folders: Iterable[Path], check: bool = True) -> Path | None:
     paths = {path for folder in folders for path in folder.rglob("*.ckpt")}
     reason = None
     for path in sorted(paths, key=_saved_at, reverse=True):
-        reason = why_not(path) if check else None
+        reason = why_not(path, thorough) if check else None
         if reason is None:
             return path
         print(f"passed over: {reason}", file=sys.stderr)
@@ -57,10 +58,17 @@ def _saved_at(path: Path) -> tuple[int, str]:
     return file.stat().st_mtime_ns, path.name
 
 
-def why_not(path: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, in one line; None if all of its bytes are as they were written."""
+def why_not(path: Path, thorough: bool = True) -> str | None:
+    """Why a checkpoint cannot be resumed from, in one line; None if all of its bytes are as they were written.
+
+    Args:
+        path: of the checkpoint.
+        thorough: False looks only whether the files of a folder are there.
+    """
     try:
-        if is_ours(path):
+        if path.is_dir() and not thorough:
+            check_presence(path, read_manifest(path))
+        elif is_ours(path):
             read(path)
         else:
             with zipfile.ZipFile(path) as archive:
@@ -87,7 +95,7 @@ def resolve(wanted: str | None, trainer: Trainer, command: str | None) -> str | 
         return wanted
     folders = run_folders(trainer)
     first = trainer.is_global_zero  # the path that it finds is the one that all load
-    found = find_last(folders, check=first)
+    found = find_last(folders, check=first, thorough=trainer.world_size == 1)  # several check the bytes as they load
     where = ", ".join(map(str, folders))
     if found is None and command != "fit":
         raise ValueError(f"--ckpt_path last: there is no checkpoint under {where}")

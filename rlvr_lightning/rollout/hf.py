@@ -39,6 +39,10 @@ class Runner(Protocol):
         """Whether a forward pass must be made now; called before each, and at the end until it says no."""
         ...
 
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """The tokens [n] to go on with, of those that this process drew."""
+        ...
+
 
 class Alone:
     """Runs a model that is whole in this process."""
@@ -62,6 +66,10 @@ class Alone:
     def pace(self, busy: bool) -> bool:
         """As this process needs it."""
         return busy
+
+    def agreed(self, tokens: Tensor) -> Tensor:
+        """There is nobody to ask."""
+        return tokens
 
 
 class HFEngine:
@@ -244,6 +252,7 @@ class _Run:
     def _settle(self, logits: Tensor, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Sample and note a token of each row; int64 [n] tokens and bool [n], True where it was the last."""
         tokens, logprobs = sample(logits, uniforms(self.keys[rows], counts), self.sampling)
+        tokens = self.engine.runner.agreed(tokens)
         self.completion_ids[rows, counts] = tokens
         self.logprobs[rows, counts] = logprobs
         self.lengths[rows] = counts + 1
