@@ -144,6 +144,10 @@ class Pass:
         """Cosines and sines of positions, and indices of tokens: there until the first layer's backward pass."""
         return self.tokens * (2 * self.widths.head * self.compute + 24)
 
+    def mask(self) -> int:
+        """Which tokens see which, while the forward pass runs."""
+        return self.tokens * self.length if self.packed else 0
+
     def slope(self) -> int:
         """Temporaries of one layer's backward pass, at its MLP, where they are largest."""
         return self.tokens * self.compute * (self.widths.inner + 3 * self.widths.hidden)

@@ -23,6 +23,7 @@ from rlvr_lightning.profiling.activations import (
     widths,
 )
 from rlvr_lightning.profiling.ledger import Held, Instant, Ledger
+from rlvr_lightning.profiling.optimizer_bytes import RELEASING
 from rlvr_lightning.profiling.parameters import parameters
 from rlvr_lightning.profiling.settings import WIDTH, Run
 from rlvr_lightning.profiling.shares import Sizes, gathered_bytes, reducing_bytes, sizes
@@ -65,10 +66,13 @@ def predict(config: Mapping[str, Any], run: Run) -> Ledger:
         reference=fixed.reference,
         overhead=CUDA_OVERHEAD if run.device == "cuda" else 0,
     )
+    if run.device == "cpu" and run.optimizer in RELEASING:  # kept from step to step
+        always = replace(always, optimizer_workspace=fixed.workspace)
     if run.cpu_offload:  # shards, their gradients and the optimizer's state are in host memory
         always = replace(always, weights=0, optimizer_state=0, reference=0)
         fixed = replace(fixed, gradients=0, workspace=0)
-    return Ledger([*_rollout(always, fixed, w, run), *_training(always, fixed, one, run)])
+    before = [*_rollout(always, fixed, w, run), *_reference(always, fixed, config, run)]
+    return Ledger([*before, *_training(always, fixed, one, run)])
 
 
 def _rollout(always: Held, fixed: Sizes, w: Widths, run: Run) -> list[Instant]:
@@ -112,17 +116,18 @@ def _training(always: Held, fixed: Sizes, one: Pass, run: Run) -> list[Instant]:
     one_layer = one.layer() if run.activation_checkpointing else 0
     lowest = one.input() + one.layer() + one.slope() + one.rotations()
     after_loss = kept + (one.rest() if run.gradient_release and run.two_pass else one.rotations())
-    made = max(before, fixed.gradients - fixed.layer_gradients) + fixed.inner  # when the first layer's turn has come
-    released, update = (fixed.largest, fixed.workspace) if run.gradient_release else (0, 0)
+    made = (
+        max(before, fixed.gradients - fixed.layer_gradients - fixed.embedding) + fixed.inner
+    )  # when the first layer's turn has come
+    released = fixed.largest if run.gradient_release else 0
     kept += one.rest()
     instants = {
-        "loss, forward": replace(held, gradients=before, activations=kept, logits=one.logits(False)),
+        "loss, forward": replace(held, gradients=before, activations=kept + one.mask(), logits=one.logits(False)),
         "loss, backward": replace(held, gradients=before + head, activations=kept, logits=one.logits(True)),
         "backward pass of the last layer": replace(
             held,
             gradients=max(before + head, released),
             activations=after_loss + one_layer + one.slope(),
-            optimizer_workspace=update,
             reducing=fixed.rest[0] * one.compute if sharded and not run.lora_rank else 0,
         ),
         "backward pass of the first layer": replace(
@@ -130,7 +135,12 @@ def _training(always: Held, fixed: Sizes, one: Pass, run: Run) -> list[Instant]:
             gradients=released or made,
             activations=lowest,
             reducing=reducing_bytes(fixed, run),
-            optimizer_workspace=update,
+        ),
+        "end of the backward pass": replace(
+            held,
+            gradients=released or fixed.gradients,
+            activations=2 * one.input(),
+            reducing=reducing_bytes(fixed, run),
         ),
         "optimizer step": replace(
             held,
@@ -141,3 +151,19 @@ def _training(always: Held, fixed: Sizes, one: Pass, run: Run) -> list[Instant]:
         ),
     }
     return [Instant(name=name, phase="training", held=held) for name, held in instants.items()]
+
+
+def _reference(always: Held, fixed: Sizes, config: Mapping[str, Any], run: Run) -> list[Instant]:
+    """A forward pass of whole groups, before the gradients of the step before are gone."""
+    if run.reference == "none":
+        return []
+    whole = passes(config, replace(run, gradient_release=False, micro_batch=max(run.micro_batch, run.group_size)))
+    held = replace(
+        always,
+        compute_copy=fixed.copies + fixed.cast,
+        gathered=gathered_bytes(fixed, run, "training"),
+        gradients=0 if run.gradient_release else fixed.gradients,
+        activations=whole.input() + whole.mask() + whole.targets * whole.widths.hidden * whole.compute,
+        logits=whole.logits(False),
+    )
+    return [Instant(name="log-probs of the reference", phase="training", held=held)]

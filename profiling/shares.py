@@ -51,9 +51,10 @@ def share(parameter: Parameter, run: Run) -> Share:
     """
     shape = parameter.shape
     if run.tensor > 1 and parameter.unit != "rest":
-        if parameter.name.startswith(COLUMN_WISE):
+        name = parameter.name.removeprefix("mlp.")
+        if name.startswith(COLUMN_WISE):
             shape = (shape[0] // run.tensor, *shape[1:])
-        elif parameter.name in ROW_WISE:
+        elif name in ROW_WISE:
             shape = (shape[0], shape[1] // run.tensor)
     rows = ceil(shape[0] / run.shard)
     local = (rows, *shape[1:])
@@ -83,6 +84,8 @@ class Sizes:
     """The gradient of the largest tensor in a layer."""
     head: int
     """The gradient of the output layer."""
+    embedding: int
+    """The gradient of an embedding that is not the output layer: made last of all."""
     layer_gradients: int
     """Of one layer."""
     state: Mapping[str, int]
@@ -126,6 +129,7 @@ def sizes(config: Mapping[str, Any], run: Run) -> Sizes:
         largest=each[0] + (in_layers if in_layers < each[0] else 0),
         inner=in_layers,
         head=head,
+        embedding=head if any(s.whole.name == "lm_head" for s in trained) else 0,
         layer_gradients=max(_units(trained).values(), default=(0, 0))[0] * own,
         state=state,
         workspace=RULES[run.optimizer].workspace(gradients // own, each[0] // own, own, foreach),

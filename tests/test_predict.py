@@ -260,3 +260,25 @@ def test_tensor_parallelism_that_cannot_be() -> None:
         sizes(CONFIGS["smollm2"], Run(tensor=2))
     with pytest.raises(ValueError, match="how gpt2 layers are split"):
         sizes(CONFIGS["gpt2"], Run(tensor=2))
+
+
+@pytest.mark.parametrize(("tensor", "shard"), [(2, 1), (2, 3), (4, 2)])
+def test_tensor_parallel_shares(tensor: int, shard: int) -> None:
+    """Those of the strategy's own splitting, over processes that do not exist."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from rlvr_lightning.delta.tensor import local
+    from rlvr_lightning.strategy import AXES, Sharded, fully_shard_layers
+
+    config = dict(named()["qwen3-0.6b"]) | {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tensor * shard)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1, shard, tensor), mesh_dim_names=AXES)
+        with torch.device("meta"):
+            policy = Policy(bare(config, "bfloat16"))
+        fully_shard_layers(policy, mesh, torch.bfloat16, Sharded(tensor=tensor))
+        held = sum(local(p).nbytes for p in policy.parameters())
+    finally:
+        dist.destroy_process_group()
+    assert sizes(config, Run(dtype="bfloat16", tensor=tensor, shard=shard)).weights == held
