@@ -36,6 +36,8 @@ def scratch(use: str, entries: int, dtype: torch.dtype) -> Tensor:
 
     For temporaries of loops over chunks, which would grow the heap for the reason above and cost page faults.
     """
+    if torch._guards.active_fake_mode() is not None:  # a dry run: fake memory must not serve real work later
+        return torch.empty(entries, dtype=dtype)
     buffers: dict[Any, Tensor] = _buffers.__dict__
     buffer = buffers.get((use, dtype))
     if buffer is None or len(buffer) < entries:
