@@ -124,6 +124,8 @@ def fit(config: Mapping[str, Any], run: Run, limit_bytes: int) -> Fit | None:
         if after.gradient_release and not current.gradient_release and found is None:
             continue  # needs a whole step at once, which more processes may not
         current = after
+        if text.startswith("--model.optimizer"):  # instead of the one before
+            made = [had for had in made if not had.startswith("--model.optimizer")]
         made += [text] if text else []
         if found is not None:
             more = [f"--trainer.devices {found.processes}"] if found.processes > run.processes else []

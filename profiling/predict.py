@@ -1,7 +1,8 @@
 """What a process of a GRPO run holds, in closed form: a model's config and a few settings to a `Ledger`.
 
 Standard library only. Weights, gradients, master and optimizer state are exact (`shares`); activations are counted for
-layers like Llama's (`activations`). Completions fewer or shorter than the settings allow take less: every figure is of
+layers like Llama's (`activations`). Of the buffers of sharding the most of a phase is taken at each of its instants, so
+that the peak of several processes is an upper bound. Completions fewer or shorter than the settings allow take less: every figure is of
 the longest.
 """
 

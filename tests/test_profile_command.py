@@ -107,6 +107,7 @@ def test_what_fits() -> None:
         found = fit(config, run, limit)
         assert found is not None
         assert found.peak_bytes == predict(config, found.run).peak_bytes <= limit
+        assert sum("--model.optimizer " in text for text in found.overrides) <= 1
     smaller = fit(config, run, 24 * GIB)
     assert smaller is not None
     assert any("SGD" in text for text in smaller.overrides)  # AdamW's 16 bytes a parameter do not go in
