@@ -163,7 +163,9 @@ class GRPO(Evaluated, DeltaCheckpoints):
 
     def _new_policy(self, empty: bool) -> Policy:
         model = self.load_model(empty)
-        return Policy(self.lora.adapt(model) if self.lora else model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)  # adapters are drawn alike, however many numbers were drawn before
+            return Policy(self.lora.adapt(model) if self.lora else model)
 
     def load_model(self, empty: bool = False) -> PreTrainedModel:
         """The causal LM to train, or only its shapes (see `policy.load_model`); a subclass may make one of its own."""
