@@ -2,8 +2,8 @@
 
 Standard library only. Weights, gradients, master and optimizer state are exact (`shares`); activations are counted for
 layers like Llama's (`activations`). Of the buffers of sharding the most of a phase is taken at each of its instants, so
-that the peak of several processes is an upper bound. Completions fewer or shorter than the settings allow take less: every figure is of
-the longest.
+that the peak of several processes is an upper bound. Completions fewer or shorter than the settings allow take less:
+every figure is of the longest.
 """
 
 from __future__ import annotations
