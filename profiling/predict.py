@@ -81,13 +81,7 @@ def _rollout(always: Held, fixed: Sizes, w: Widths, run: Run) -> list[Instant]:
     rows = min(run.rollout_batch, run.completions)
     prompts = min(ceil(rows / run.group_size) + 1, ceil(run.completions / run.group_size))
     gathered = gathered_bytes(fixed, run, "rollout")
-    # the gradients of the step before are there until the next backward pass makes room
-    held = replace(
-        always,
-        gathered=gathered,
-        compute_copy=fixed.cast + (fixed.copies if run.autocast else 0),
-        gradients=0 if run.gradient_release else fixed.gradients,
-    )
+    held = replace(always, gathered=gathered, compute_copy=fixed.cast + (fixed.copies if run.autocast else 0))
     cache = kv_cache(w, rows, prompts, run.prompt_tokens, run.max_tokens, compute)
     tokens = min(PROMPT_TOKENS, prompts * run.prompt_tokens)
     prompt_cache = kv_cache(w, 0, prompts, run.prompt_tokens, 0, compute)
@@ -155,7 +149,7 @@ def _training(always: Held, fixed: Sizes, one: Pass, run: Run) -> list[Instant]:
 
 
 def _reference(always: Held, fixed: Sizes, config: Mapping[str, Any], run: Run) -> list[Instant]:
-    """A forward pass of whole groups, before the gradients of the step before are gone."""
+    """A forward pass of whole groups."""
     if run.reference == "none":
         return []
     whole = passes(config, replace(run, gradient_release=False, micro_batch=max(run.micro_batch, run.group_size)))
@@ -163,7 +157,6 @@ def _reference(always: Held, fixed: Sizes, config: Mapping[str, Any], run: Run) 
         always,
         compute_copy=fixed.copies + fixed.cast,
         gathered=gathered_bytes(fixed, run, "training"),
-        gradients=0 if run.gradient_release else fixed.gradients,
         activations=whole.input() + whole.mask() + whole.targets * whole.widths.hidden * whole.compute,
         logits=whole.logits(False),
     )

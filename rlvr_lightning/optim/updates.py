@@ -91,6 +91,7 @@ class Updates:
             else:  # one bad batch must not end in NaN weights
                 self.optimizer.zero_grad(set_to_none=True)
         step()  # without any gradient a no-op that keeps the count of steps
+        self.optimizer.zero_grad(set_to_none=True)  # the next rollout has better uses for the memory
         metrics = {"grad_norm": norm} if finite and math.isfinite(norm) else {"nonfinite": 1.0}
         if isinstance(self.optimizer, SGD):
             counts = self.optimizer.changed_entries.items()
