@@ -244,6 +244,8 @@ class Watch:
         if self._closed.is_set():
             return
         self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5 * EVERY_S)  # a thread that ends with the interpreter, in C++, aborts the process
         if self._store_is_gone:
             return
         try:
