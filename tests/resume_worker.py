@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 import yaml
+from checkpoint_worker import forked
 from lightning.pytorch import Callback, Trainer
 from test_grpo import Digits
 
@@ -143,28 +143,6 @@ def rank_of_run(folder: Path, rank: int, ranks: int, port: int) -> None:
     status = command(["fit", "--config=run.yaml", "--ckpt_path=last"])
     if status:
         raise SystemExit(status)
-
-
-def forked(work: Callable[[], None], log: Path) -> int:
-    """Start a process; returns its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            work()
-            status = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
-    return 0
 
 
 def start(folder: Path, ranks: int) -> list[int]:

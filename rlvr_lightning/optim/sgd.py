@@ -95,11 +95,6 @@ class SGD(Optimizer):
         self._changing: dict[Tensor, tuple[int, Tensor]] = {}
         super().__init__(params, {"lr": lr, "steps": 0})
 
-    def total_changed(self) -> int:
-        """Entries whose bits the last step changed, over all parameters."""
-        counts = list(self.changed_entries.values())
-        return int(torch.stack(counts).sum()) if counts else 0
-
     def listen(self, listener: Listener, wants: Callable[[Tensor], bool] = lambda parameter: True) -> None:
         """Call `listener(parameter, undo)` after each update of a parameter for which `wants(parameter)` is true.
 

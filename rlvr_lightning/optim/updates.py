@@ -94,7 +94,9 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)  # the next rollout has better uses for the memory
         metrics = {"grad_norm": norm} if finite and math.isfinite(norm) else {"nonfinite": 1.0}
         if isinstance(self.optimizer, SGD):
-            counts = self.optimizer.changed_entries.items()
-            mine = sum(int(count) / self.shards.copies_of(parameter) for parameter, count in counts)
-            metrics["changed"] = float(self.shards.sum(torch.tensor(mine, dtype=torch.float64)))
+            changed = self.optimizer.changed_entries.items()
+            counts = [count.double() / self.shards.copies_of(parameter) for parameter, count in changed]
+            # summed where they are: a GPU is waited for once, not for every parameter
+            mine = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.float64)
+            metrics["changed"] = float(self.shards.sum(mine))
         return metrics
