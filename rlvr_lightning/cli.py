@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 import time
 import warnings
@@ -187,8 +186,10 @@ def summary(at_start: Mapping[str, float], trainer: Trainer, seconds: float) -> 
     """Validation metrics at the start and the end of a run, and where its files are."""
     at_end = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     width = max(map(len, at_end), default=0)
-    lines = [f"{'':<{width}}  start    end"] if at_start and at_end else []
-    lines += [f"{name:<{width}}  {at_start.get(name, math.nan):5.3f}  {end:5.3f}" for name, end in at_end.items()]
+    lines = [f"{'':<{width}}  start    end"] if at_end else []
+    for name, end in at_end.items():
+        start = f"{at_start[name]:5.3f}" if name in at_start else "    -"  # resumed, or not measured
+        lines.append(f"{name:<{width}}  {start}  {end:5.3f}")
     return "\n".join(
         [*lines, f"{trainer.global_step} optimizer steps in {seconds:.0f} s; run folder: {trainer.log_dir}"]
     )

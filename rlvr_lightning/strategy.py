@@ -108,10 +108,10 @@ class Sharded(ShardedCheckpoints):
             )
         sizes = (self.replicate, shard, self.tensor)
         self._device_mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=AXES)
-        for sub in (*(self._device_mesh[axis] for axis in AXES), *flattened(self._device_mesh)):
-            dist.distributed_c10d._set_pg_timeout(
-                cast(timedelta, self._timeout), sub.get_group()
-            )  # torch's own is half an hour
+        if dist.get_backend() != "fake":  # a dry run's
+            limit = cast(timedelta, self._timeout)  # torch gives such groups half an hour
+            for sub in (*(self._device_mesh[axis] for axis in AXES), *flattened(self._device_mesh)):
+                dist.distributed_c10d._set_pg_timeout(limit, sub.get_group())
         if len(set(Ranks(size=self.world_size).gather(self.begins))) > 1:
             raise ValueError(
                 "--ckpt_path last: some processes see checkpoints and others none; put the run folder on a file system "
