@@ -88,6 +88,8 @@ class Counted(GRPO):
     traffic: Counter[tuple[str, str]]
     passes = 0
     """Forward passes of the rollout."""
+    gradient_bytes = 0
+    """Held by this process when the optimizer stepped last; they are dropped right after."""
 
     def load_model(self, empty: bool = False) -> Any:
         """Random weights: only shapes matter."""
@@ -113,19 +115,29 @@ class Counted(GRPO):
         super().training_step(batch, batch_idx)
         self.traffic = self.counter.traffic.copy()
 
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Measure the gradients while there are any."""
+        super().on_before_optimizer_step(optimizer)
+        self.gradient_bytes = gradient_bytes(self.policy)
+
     def _phase(self, name: str) -> None:
         super()._phase(name)
         self.counter.relabel(name or "other")
 
 
-def shares(policy: nn.Module, optimizer: Any, reference: Iterable[Tensor], counter: ShardingCounter) -> dict[str, int]:
-    """Bytes that this process holds after a step, by owner; padding of uneven shards included."""
-    weights = list(policy.parameters())
-    gradients = [local_part(p.grad) for p in weights if p.grad is not None]
+def gradient_bytes(policy: nn.Module) -> int:
+    """Of all gradients that this process holds now."""
+    return storage_bytes(local_part(p.grad) for p in policy.parameters() if p.grad is not None)
+
+
+def shares(
+    policy: nn.Module, optimizer: Any, reference: Iterable[Tensor], gradients: int, counter: ShardingCounter
+) -> dict[str, int]:
+    """Bytes that this process holds in a step, by owner; padding of uneven shards included."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     return {
-        "weights": storage_bytes(map(local_part, weights)),
-        "gradients": storage_bytes(gradients),
+        "weights": storage_bytes(map(local_part, policy.parameters())),
+        "gradients": gradients,
         "optimizer state": storage_bytes(map(local_part, tensors)),
         "reference": storage_bytes(reference),
         "gathered, training": max(counter.most[label, GATHERED] for label in ("forward", "backward", "reference")),
@@ -192,7 +204,7 @@ def real(case: dict[str, Any]) -> dict[str, Any]:
     return case | {
         "processes": world,
         "how": "measured",
-        "bytes": shares(model.policy, optimizer, reference, model.counter),
+        "bytes": shares(model.policy, optimizer, reference, model.gradient_bytes, model.counter),
         "traffic_bytes": by_purpose(model.traffic),
         "rollout_passes": model.passes,
     }
@@ -293,7 +305,7 @@ def _simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
             with counter.label("backward"):
                 loss.backward()
             optimizer.step()
-        sizes = shares(policy, optimizer, reference, counter)
+        sizes = shares(policy, optimizer, reference, gradient_bytes(policy), counter)
     return case | {"processes": processes, "how": "simulated", "bytes": sizes}
 
 
