@@ -31,6 +31,8 @@ class Held:
     kv_cache: int = 0
     rollout_workspace: int = 0
     """Activations while prompts are read or tokens decoded."""
+    other: int = 0
+    """Of tensors: token ids, rewards, the loss."""
     overhead: int = 0
     """What the framework holds outside of its tensors."""
 

@@ -7,15 +7,15 @@ import gc
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from rlvr_lightning.callbacks.memory_probes import choose_probe
 from rlvr_lightning.data.prompts import PromptData, PromptSource
@@ -24,7 +24,7 @@ from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY, load_model
-from rlvr_lightning.profiling.allocations import AllocationCounter
+from rlvr_lightning.profiling.owners import Owners
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sample, Sampling
 
@@ -69,65 +69,20 @@ class Lines(PromptSource):
         return {"prompt": f"{index + 3}+{index * 7 % 11}="}
 
 
-class Watched(GRPO):
-    """Tells a counter who owns what."""
-
-    counter: AllocationCounter | None = None
+class Shaped(GRPO):
+    """Random weights where a folder has a config alone: only shapes matter for bytes."""
 
     def load_model(self, empty: bool = False) -> Any:
-        """From a folder with a config alone, random weights: only shapes matter for bytes."""
+        """See `GRPO`."""
         if list(Path(self.model_name).glob("*.safetensors")):
             return super().load_model(empty)
         with torch.device(self.trainer.strategy.root_device):
             return load_model(self.model_name, self.weights_dtype, from_scratch=True, empty=empty)
 
-    def configure_model(self) -> None:
-        """Register the owners that exist before the first step."""
-        super().configure_model()
-        self.own()
 
-    def configure_optimizers(self) -> Any:
-        """Tell the optimizer's own work apart where it happens during the backward pass."""
-        configured = super().configure_optimizers()
-        optimizer = configured[0][0]
-        if self.counter is not None and isinstance(optimizer, SGD):
-            counter, update = self.counter, optimizer.update_parameter
-
-            def labelled(parameter: Tensor) -> None:
-                with counter.label("update"):
-                    update(parameter)
-
-            optimizer.update_parameter = labelled  # type: ignore[method-assign]
-        return configured
-
-    def own(self) -> None:
-        """Give the counter what lives from step to step."""
-        if self.counter is None or self.policy is None:
-            return
-        self.counter.own("weights", self.policy.parameters())
-        if self.reference is not None:
-            for kept in self.reference._kept.values():
-                self.counter.own("reference", [kept] if isinstance(kept, Tensor) else [kept.indices, kept.values])
-        for optimizer in self.trainer.optimizers if self._trainer else []:
-            for state in optimizer.state.values():
-                self.counter.own("optimizer state", [v for v in state.values() if isinstance(v, Tensor)])
-        self.counter.own("gradients", [p.grad for p in self.policy.parameters() if p.grad is not None])
-
-    def _phase(self, name: str) -> None:
-        super()._phase(name)
-        if self.counter is not None:
-            self.own()
-            self.counter.relabel({"forward": "activations", "backward": "activations"}.get(name, name or "other"))
-
-
-def classify(sizes: set[int]) -> Any:
-    """Storages of exactly a parameter's size made by the backward pass are gradients, also before autograd says so."""
-    return lambda label, size: "gradients" if label == "activations" and size in sizes else label
-
-
-def train(folder: str, settings: dict[str, Any], steps: int, device: str, counter: AllocationCounter | None) -> Watched:
+def train(folder: str, settings: dict[str, Any], steps: int, device: str, owners: Owners | None) -> Shaped:
     """Run some steps; returns the module."""
-    model = Watched(
+    model = Shaped(
         folder,
         {"parity": LengthParity()},
         group_size=GROUP,
@@ -137,7 +92,6 @@ def train(folder: str, settings: dict[str, Any], steps: int, device: str, counte
         activation_checkpointing=True,
         **settings,
     )
-    model.counter = counter
     trainer = Trainer(
         max_steps=steps,
         accelerator=device,
@@ -148,9 +102,7 @@ def train(folder: str, settings: dict[str, Any], steps: int, device: str, counte
         enable_checkpointing=False,
     )
     data = PromptData(folder, train=Lines(), prompts_per_step=PROMPTS)
-    with ExitStack() as stack:
-        if counter is not None:
-            stack.enter_context(counter)
+    with owners.watching(model) if owners else nullcontext():
         trainer.fit(model, datamodule=data)
     return model
 
@@ -173,19 +125,20 @@ def main(argv: list[str]) -> int:
     probe.reset()
     before = probe.peak_bytes()
     started = time.perf_counter()
-    counter = None
-    if args.count:
-        sizes = _parameter_sizes(args.folder, settings)
-        counter = AllocationCounter(classify=classify(sizes))
-    model = train(args.folder, settings, args.steps, args.device, counter)
+    owners = Owners() if args.count else None
+    model = train(args.folder, settings, args.steps, args.device, owners)
     record: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.policy.parameters()),
         "seconds": time.perf_counter() - started,
         "step_s": float(model.trainer.callback_metrics["time/step_s"]),
         "train_s": float(model.trainer.callback_metrics["time/train_s"]),
     }
-    if counter is not None:
-        record |= {"peak_bytes": counter.peak_bytes, "owners_bytes": counter.peak_by_owner}
+    if owners is not None:
+        most = max(owners.peaks.values(), key=lambda held: sum(held.values()))
+        record["peak_bytes"] = sum(most.values())
+        owned = Counter({"activations": most.pop("logits", 0) + most.pop("compute_copy", 0)})
+        owned.update({name.replace("_", " "): size for name, size in most.items()})
+        record["owners_bytes"] = dict(owned)
     else:
         record |= {"interpreter_bytes": before, "peak_bytes": probe.peak_bytes(), "method": probe.method}
     if model.reference is not None:
@@ -194,16 +147,6 @@ def main(argv: list[str]) -> int:
         record["device"] = torch.cuda.get_device_name()
     print(json.dumps(record))
     return 0
-
-
-def _parameter_sizes(folder: str, settings: dict[str, Any]) -> set[int]:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    width = 2 if settings.get("dtype") == "bfloat16" else 4
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(Path(folder))
-        shapes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
-    return {count * width for count in shapes if count > 1 << 12}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY
 from rlvr_lightning.profiling import memory_worker
-from rlvr_lightning.profiling.allocations import AllocationCounter
+from rlvr_lightning.profiling.ledger import Ledger
+from rlvr_lightning.profiling.owners import Owners
 from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.rollout.hf import HFEngine
@@ -69,9 +70,9 @@ class Sums(PromptSource):
         return {"prompt": "12+34=" * 9}
 
 
-def counted(folder: Path, make: Any, run: Run) -> tuple[AllocationCounter, int]:
-    """Two steps; the counter, and the tokens of a prompt."""
-    model = memory_worker.Watched(
+def counted(folder: Path, make: Any, run: Run) -> tuple[Ledger, int]:
+    """Two steps; what was counted, and the tokens of a prompt."""
+    model = memory_worker.Shaped(
         str(folder),
         {"parity": memory_worker.LengthParity()},
         make,
@@ -87,10 +88,10 @@ def counted(folder: Path, make: Any, run: Run) -> tuple[AllocationCounter, int]:
     )
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_steps=2, accelerator="cpu", devices=1, enable_checkpointing=False, **settings)
-    model.counter = AllocationCounter()
-    with model.counter:
+    owners = Owners()
+    with owners.watching(model):
         trainer.fit(model, datamodule=PromptData(str(folder), train=Sums(), prompts_per_step=2))
-    return model.counter, len(model.tokenizer(Sums()[0]["prompt"]).input_ids)
+    return owners.ledger(), len(model.tokenizer(Sums()[0]["prompt"]).input_ids)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +103,7 @@ def test_a_real_step(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(file, tmp_path)
     sizes = {"group_size": 6, "step_completions": 12, "rollout_batch": 7, "max_tokens": 47, "device": "cpu"}
     run = Run(**{**sizes, **settings})
-    counter, prompt = counted(tmp_path, make, run)
+    found, prompt = counted(tmp_path, make, run)
     predicted = predict(config, Run(**{**sizes, **settings, "prompt_tokens": prompt}))
-    error = predicted.peak_bytes / counter.peak_bytes - 1
-    assert abs(error) < 0.05, (error, predicted.peak, counter.peak_by_owner)
+    error = predicted.peak_bytes / found.peak_bytes - 1
+    assert abs(error) < 0.05, (error, predicted.peak, found.peak)
