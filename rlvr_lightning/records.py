@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,37 @@ from typing import Any
 Curve = list[tuple[int, float]]
 
 
-def curves(metrics_csv: Path, names: Sequence[str]) -> dict[str, Curve]:
-    """Curves of some metrics from the `metrics.csv` of Lightning's CSVLogger.
+def measured_rows(metrics_csv: Path) -> Iterator[tuple[int, dict[str, float]] | None]:
+    """What each row of the `metrics.csv` of Lightning's CSVLogger holds; None for a row that is damaged.
 
     Its `step` column counts from 0 at the end of the first batch, and is also 0 for what was measured before training.
     Here the step is the number of batches done: 0 before training, 1 after the first batch.
+    """
+    training = False
+    with metrics_csv.open(newline="", encoding="utf-8", errors="replace") as file:
+        for row in csv.DictReader(file):
+            try:
+                step = int(row["step"])
+                values = {name: float(text) for name, text in row.items() if name not in INDEX and text != ""}
+            except (KeyError, TypeError, ValueError):  # a row cut short, by a kill in the middle of writing
+                yield None
+                continue
+            training |= any(not name.startswith("val/") for name in values)
+            yield step + training, values
+
+
+def curves(metrics_csv: Path, names: Sequence[str]) -> dict[str, Curve]:
+    """Curves of some metrics from the `metrics.csv` of a run, by batches done (`measured_rows`).
 
     Returns:
         name: [(step, value), ...] in the order of the file; metrics that the file does not have are left out.
     """
     found: dict[str, Curve] = {}
-    if not metrics_csv.is_file():
-        return found
-    training = False
-    with metrics_csv.open(newline="") as file:
-        for row in csv.DictReader(file):
-            training |= any(value for name, value in row.items() if not name.startswith("val/") and name not in INDEX)
-            for name in names:
-                if row.get(name):
-                    found.setdefault(name, []).append((int(row["step"]) + training, float(row[name])))
+    for row in measured_rows(metrics_csv) if metrics_csv.is_file() else []:
+        step, values = row or (0, {})
+        for name in names:
+            if name in values:
+                found.setdefault(name, []).append((step, values[name]))
     return found
 
 
