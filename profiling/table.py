@@ -6,6 +6,7 @@ import csv
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,10 +92,16 @@ def _markdown(tables: Sequence[Table]) -> str:
     lines = []
     for table in tables:
         rule = ["---:" if _right(table, number) else "---" for number in range(len(table.columns))]
-        rows = [table.columns, rule, *([cell(value).replace("|", "\\|") for value in row] for row in table.rows)]
+        rows = [map(_in_cell, table.columns), rule, *(map(_in_cell, row) for row in table.rows)]
         lines += [table.title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
         lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
     return "\n".join(lines)
+
+
+def _in_cell(value: Any) -> str:
+    """On one line, and nothing in it Markdown or HTML of its own."""
+    text = html.escape(" ".join(cell(value).split()), quote=False)
+    return re.sub(r"([|\\`*\[])", r"\\\1", text) if isinstance(value, str) else text
 
 
 def _csv(tables: Sequence[Table]) -> str:
@@ -126,11 +133,22 @@ def _html(tables: Sequence[Table]) -> str:
         "text-align:left}.n{text-align:right;font-variant-numeric:tabular-nums}</style>",
     ]
     for table in tables:
-        kinds = [" class=n" if _right(table, number) else "" for number in range(len(table.columns))]
-        heads = "".join(f"<th{k}>{html.escape(name)}</th>" for k, name in zip(kinds, table.columns, strict=True))
-        parts.append(f"<h2>{html.escape(table.title)}</h2><table><thead><tr>{heads}</tr></thead><tbody>")
-        for row in table.rows:
-            cells = "".join(f"<td{k}>{html.escape(cell(v))}</td>" for k, v in zip(kinds, row, strict=True))
-            parts.append(f"<tr>{cells}</tr>")
-        parts.append("</tbody></table>" + "".join(f"<p>{html.escape(note)}</p>" for note in table.notes))
+        parts += [f"<h2>{html.escape(table.title)}</h2>", html_table(table)]
+        parts += [f"<p>{html.escape(note)}</p>" for note in table.notes]
     return "\n".join(parts) + "\n"
+
+
+def html_table(table: Table) -> str:
+    """Its rows as an HTML element, without title and notes; whatever is in a cell is text.
+
+    >>> html_table(Table("", ["<a>"], [[1]]))
+    '<table><thead><tr><th class=n>&lt;a&gt;</th></tr></thead><tbody><tr><td class=n>1</td></tr></tbody></table>'
+    """
+    kinds = [" class=n" if _right(table, number) else "" for number in range(len(table.columns))]
+    heads = "".join(f"<th{k}>{html.escape(name)}</th>" for k, name in zip(kinds, table.columns, strict=True))
+    rows = (
+        "".join(f"<td{k}>{html.escape(cell(value))}</td>" for k, value in zip(kinds, row, strict=True))
+        for row in table.rows
+    )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,1 @@
+"""A report of one run or several: a page that needs nothing else, or Markdown."""

@@ -1,0 +1,263 @@
+"""The charts of a page. Text, axes and backgrounds get their colours from the page, which knows light, dark and print."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plotly import graph_objects as go
+from plotly.subplots import make_subplots
+
+from rlvr_lightning.plots import COLORS
+from rlvr_lightning.records import Curve
+from rlvr_lightning.report.document import charted, definitions
+from rlvr_lightning.report.memory import OWNERS, comparable, predicted
+from rlvr_lightning.report.reading import Run
+
+SEEN = (*COLORS[:-1], "#8a8a8a")
+"""Okabe and Ito's palette, with grey for black, which nobody sees on a dark page."""
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+GRID = "rgba(128,128,128,0.28)"
+ROW = 250
+"""Pixels of a row of charts."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with what it shows, for those who see it and those who do not."""
+
+    caption: str
+    figure: go.Figure
+
+
+def charts(title: str, runs: Sequence[Run]) -> list[Chart]:
+    """Those of a section of the document, by its title; none if there is nothing to draw."""
+    makers = {"Training": training, "Memory": memory, "Update sparsity": sparsity}
+    return makers[title](runs) if title in makers else []
+
+
+def plain(text: str) -> str:
+    """Text as plotly shows it literally: it would read some tags."""
+    return html.escape(text, quote=False)
+
+
+def look(number: int) -> dict[str, Any]:
+    """The line of the run of that number: another colour for the next, another dash too."""
+    return {"color": SEEN[number % len(SEEN)], "dash": DASHES[number % len(DASHES)], "width": 2}
+
+
+def panels(titles: Sequence[str], columns: int = 2, row_px: int = ROW, **settings: Any) -> go.Figure:
+    """Empty charts beside each other under one legend."""
+    columns = min(columns, len(titles))
+    lines = math.ceil(len(titles) / columns)
+    height = lines * row_px + 90
+    gaps = {"vertical_spacing": 62 / height if lines > 1 else 0, "horizontal_spacing": 0.16 / columns}
+    figure = make_subplots(lines, columns, subplot_titles=list(map(plain, titles)), **gaps | settings)
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 70, "b": 45},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13},
+        legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top", "x": 0},
+        hovermode="x unified" if len(titles) else "closest",
+        hoverlabel={"bgcolor": "#222", "bordercolor": "#888", "font": {"color": "#fff"}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a8a8a", "activecolor": "#0072B2"},
+    )
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=GRID, showticklabels=True)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, linecolor=GRID)
+    figure.update_annotations(font_size=14)
+    return figure
+
+
+def places(figure: go.Figure, number: int) -> list[tuple[int, int]]:
+    """Row and column of each of so many charts."""
+    columns = len(figure._grid_ref[0])
+    return [(k // columns + 1, k % columns + 1) for k in range(number)]
+
+
+def line(run: str, curve: Curve, number: int, first: bool, **settings: Any) -> go.Scatter:
+    """A curve of a run; those of one run are shown and hidden together."""
+    few = len(curve) <= 40
+    return go.Scatter(
+        x=[step for step, _ in curve],
+        y=[value if math.isfinite(value) else None for _, value in curve],
+        name=plain(run),
+        legendgroup=run,
+        showlegend=first,
+        mode="lines+markers" if few else "lines",
+        line=look(number),
+        **settings,
+    )
+
+
+def training(runs: Sequence[Run]) -> list[Chart]:
+    """Reward, validation, KL, entropy, lengths; one line a run."""
+    names = charted(runs)
+    if not names:
+        return []
+    figure = panels(names, shared_xaxes="all")
+    shown: set[int] = set()
+    for name, (row, column) in zip(names, places(figure, len(names)), strict=True):
+        for number, run in enumerate(runs):
+            if curve := run.curves.get(name):
+                figure.add_trace(line(run.name, curve, number, number not in shown), row, column)
+                shown.add(number)
+    return [Chart(f"{', '.join(names)} over batches of rollouts; a line for each run.", figure)]
+
+
+def memory(runs: Sequence[Run]) -> list[Chart]:
+    """What each owner held, stacked; and the peak of each batch."""
+    return [*_owners(runs), *_peaks(runs)]
+
+
+def _owners(runs: Sequence[Run]) -> list[Chart]:
+    found = [run for run in runs if any(f"memory/{owner}_bytes" in run.curves for owner in OWNERS)]
+    if not found:
+        return []
+    figure = panels([run.name for run in found], shared_yaxes="all")
+    for run, (row, column) in zip(found, places(figure, len(found)), strict=True):
+        for number, owner in enumerate(OWNERS):
+            curve = [(step, value / 2**20) for step, value in run.curves.get(f"memory/{owner}_bytes", [])]
+            trace = line(owner.replace("_", " "), curve, number, run is found[0], stackgroup="held")
+            trace.update(mode="lines", line={"dash": "solid", "width": 1}, fillpattern=_pattern(number))
+            figure.add_trace(trace, row, column)
+    figure.update_yaxes(title="MiB", rangemode="tozero", col=1)
+    what = "MiB held by weights, gradients before the step, optimizer state and reference, over all processes"
+    return [Chart(f"{what}; stacked, over batches of rollouts; a chart for each run.", figure)]
+
+
+def _pattern(number: int) -> dict[str, Any]:
+    return {"shape": ("", "/", ".", "x")[number], "size": 8, "solidity": 0.25}
+
+
+def _peaks(runs: Sequence[Run]) -> list[Chart]:
+    found = [(number, run) for number, run in enumerate(runs) if "memory/peak_bytes" in run.curves]
+    if not found:
+        return []
+    figure = panels(["peak of each batch"])
+    for number, run in found:
+        curve = [(step, value / 2**20) for step, value in run.curves["memory/peak_bytes"]]
+        figure.add_trace(line(run.name, curve, number, True), 1, 1)
+        ledger = predicted(run).ledger if comparable(run) else None
+        if ledger:
+            ends = [(curve[0][0], ledger.peak_bytes / 2**20), (curve[-1][0], ledger.peak_bytes / 2**20)]
+            trace = line(f"{run.name}, predicted", ends, number, True)
+            trace.update(line={"width": 1}, marker={"symbol": "diamond"})
+            figure.add_trace(trace, 1, 1)
+    figure.update_yaxes(title="MiB", rangemode="tozero")
+    said = "with what was predicted" if any(comparable(run) for _, run in found) else "of the process with most"
+    return [Chart(f"Peak memory in each batch of rollouts, MiB, {said}.", figure)]
+
+
+def sparsity(runs: Sequence[Run]) -> list[Chart]:
+    """The share that changed by definition, over steps; then heat maps of each run by kind and layer."""
+    names = definitions(runs)
+    measured = [run for run in runs if run.sparsity]
+    if not names:
+        return _logged(runs)
+    return [_shares(runs, names), *(_heat(run, names, _least(measured, names)) for run in measured)]
+
+
+def fraction(record: Any, definition: str) -> float | None:
+    """Changed entries over all; None if that was not measured."""
+    try:
+        return record["changed"][definition] / record["entries"]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+WHEN = {"last_step": "changed by a step", "total": "since the start"}
+
+
+def _shares(runs: Sequence[Run], names: Sequence[str]) -> Chart:
+    keys = [(name, when) for name in names for when in WHEN]
+    figure = panels([f"{name}, {WHEN[when]}" for name, when in keys], shared_xaxes="all")
+    for (name, when), (row, column) in zip(keys, places(figure, len(keys)), strict=True):
+        for number, run in enumerate(runs):
+            values = [(each["step"], fraction(each.get(when), name)) for each in run.sparsity]
+            curve = [(step, value) for step, value in values if value is not None]
+            if curve:
+                figure.add_trace(line(run.name, curve, number, (row, column) == (1, 1)), row, column)
+    figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
+    return Chart("Share of weights changed, by definition, over optimizer steps; a line for each run.", figure)
+
+
+def _logged(runs: Sequence[Run]) -> list[Chart]:
+    """From metrics.csv, where `sparsity.jsonl` is not at hand: each value is repeated until the next measurement."""
+    names = sorted({name for run in runs for name in run.curves if name.startswith("update/changed_frac")})
+    if not names:
+        return []
+    figure = panels(names)
+    for name, (row, column) in zip(names, places(figure, len(names)), strict=True):
+        for number, run in enumerate(runs):
+            if curve := run.curves.get(name):
+                figure.add_trace(line(run.name, curve, number, (row, column) == (1, 1)), row, column)
+    figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
+    return [Chart("Share of weights changed, over batches of rollouts; a line for each run.", figure)]
+
+
+def _parts(run: Run, when: str, by: str) -> list[str]:
+    """Kinds or layers of a run; layers in order, what is in none of them last."""
+    found = {name for each in run.sparsity for name in ((each.get(when) or {}).get(by) or {})}
+    return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+
+
+def _least(runs: Sequence[Run], names: Sequence[str]) -> int:
+    """The power of ten below all shares of all heat maps that are not 0; one scale makes runs comparable."""
+    shares = [
+        fraction(part, name)
+        for run in runs
+        for each in run.sparsity
+        for when in WHEN
+        for by in ("kinds", "layers")
+        for part in ((each.get(when) or {}).get(by) or {}).values()
+        for name in names
+    ]
+    return min((math.floor(math.log10(share)) for share in shares if share), default=-1)
+
+
+def _heat(run: Run, names: Sequence[str], least: int) -> Chart:
+    rows = [(when, by) for when in WHEN for by in ("kinds", "layers") if _parts(run, when, by)]
+    heights = [len(_parts(run, when, by)) + 2.5 for when, by in rows]
+    titles = [f"{name}, {WHEN[when]}" if by == "kinds" else "" for when, by in rows for name in names]
+    figure = panels(titles, len(names), row_heights=heights, shared_yaxes=True, horizontal_spacing=0.015)
+    for k, (when, by) in enumerate(rows):
+        for j, name in enumerate(names):
+            figure.add_trace(_map(run, name, when, by), k + 1, j + 1)
+    height = int(sum(heights) * 20) + 120
+    # what changed nothing has no logarithm: the bare background
+    ticks = list(range(least, 1))
+    axis = {"colorscale": "Viridis", "cmin": least, "cmax": 0}
+    bar = {"tickvals": ticks, "ticktext": [f"{100 * 10.0**tick:g} %" for tick in ticks], "thickness": 14}
+    figure.update_layout(height=height, hovermode="closest", coloraxis=axis | {"colorbar": bar})
+    figure.update_layout(title={"text": plain(run.name), "x": 0, "font": {"size": 15}}, margin={"t": 80, "l": 90})
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.update_xaxes(showgrid=False)
+    what = "Share of weights changed in each kind of matrix and each layer, over optimizer steps"
+    return Chart(f"{run.name}: {what}, by definition; logarithmic scale, blank where nothing changed.", figure)
+
+
+def _map(run: Run, name: str, when: str, by: str) -> go.Heatmap:
+    parts, steps = _parts(run, when, by), [each["step"] for each in run.sparsity]
+    found = [[((each.get(when) or {}).get(by) or {}).get(part) for each in run.sparsity] for part in parts]
+    shares = [[fraction(record, name) for record in row] for row in found]
+    counts = [
+        [f"{r['changed'][name]:,} of {r['entries']:,}" if s is not None else "" for r, s in zip(row, kept, strict=True)]
+        for row, kept in zip(found, shares, strict=True)
+    ]
+    return go.Heatmap(
+        x=steps,
+        y=[f"layer {part}" if part.isdigit() else "outside layers" if by == "layers" else plain(part) for part in parts],
+        z=[[math.log10(share) if share else None for share in row] for row in shares],
+        text=counts,
+        hovertemplate="step %{x}, %{y}: %{text}<extra></extra>",
+        coloraxis="coloraxis",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+    )

@@ -1,0 +1,233 @@
+"""What a run left in its folder, a resumed one together with what it went on from. Damaged lines are counted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlvr_lightning.records import Curve, measured_rows
+
+FILES = ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl")
+"""What `fit` writes into a run's folder, and this reads."""
+REPEATED = "update/"
+"""Loggers repeat these until the next measurement; `sparsity.jsonl` has each once."""
+
+
+@dataclass
+class Run:
+    """One run, whatever of it was found."""
+
+    name: str
+    folder: Path
+    curves: dict[str, Curve] = field(default_factory=dict)
+    """Metric: [(batches of rollouts done, value), ...]; rising steps, each once; NaN and infinities among the values."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """As in `memory.json`."""
+    sparsity: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of `sparsity.jsonl` of the first optimizer; rising `step`, in optimizer steps, each once."""
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    """Samples of the first step kept and of the last; `step` is the number of batches done when they were written."""
+    config: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+    """Where the numbers come from: command, versions, what it was resumed from."""
+    missing: list[str] = field(default_factory=list)
+    """A sentence for everything that is not there, was unreadable or is not shown."""
+
+    def last(self, metric: str) -> float | None:
+        """The value at the end; None if it was not recorded."""
+        return self.curves[metric][-1][1] if self.curves.get(metric) else None
+
+    def highest(self, metric: str) -> float | None:
+        """The highest finite value; None if there is none."""
+        return max((value for _, value in self.curves.get(metric, []) if math.isfinite(value)), default=None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds any file of a run."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """Read a folder, and before it those of the runs that it was resumed from.
+
+    A step that was run again after a crash is shown as it was run last: of an earlier run counts what came before the
+    checkpoint.
+
+    Raises:
+        ValueError: a file is not what its name says.
+    """
+    run = _read_folder(name, folder)
+    seen, begins = {folder.resolve()}, run
+    while earlier := _resumed_from(begins):
+        run.origin["resumed from"] = ", ".join(filter(None, [run.origin.get("resumed from"), str(earlier)]))
+        if not is_run(earlier):
+            run.missing.append(f"what it was resumed from is not at {earlier}: curves begin there")
+            break
+        if earlier.resolve() in seen:
+            break
+        seen.add(earlier.resolve())
+        begins = _read_folder(str(earlier), earlier)
+        _prepend(run, begins)
+    _remark(run)
+    return run
+
+
+def _read_folder(name: str, folder: Path) -> Run:
+    run = Run(name, folder)
+    for file in FILES:
+        path = folder / file
+        if not path.is_file():
+            run.missing.append(f"no {file}")
+            continue
+        {
+            "metrics.csv": _read_metrics,
+            "config.yaml": _read_config,
+            "memory.json": _read_memory,
+            "sparsity.jsonl": _read_sparsity,
+            "completions.jsonl": _read_completions,
+        }[file](run, path)
+    return run
+
+
+def _damaged(run: Run, path: Path, number: int) -> None:
+    if number:
+        run.missing.append(f"{path.name}: {number:,} damaged line{'s' * (number > 1)} left out")
+
+
+def _read_metrics(run: Run, path: Path) -> None:
+    points: dict[str, dict[int, float]] = {}
+    damaged = 0
+    try:
+        for row in measured_rows(path):
+            damaged += row is None
+            step, values = row or (0, {})
+            for name, value in values.items():
+                points.setdefault(name, {})[step] = value
+    except csv.Error as error:
+        raise ValueError(f"report: {path} is not CSV: {error}") from None
+    run.curves = {name: sorted(curve.items()) for name, curve in points.items()}
+    _damaged(run, path, damaged)
+
+
+def _read_config(run: Run, path: Path) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        run.missing.append("config.yaml is damaged")
+        return
+    run.config = config
+    if text.startswith("# "):
+        run.origin["written by"] = text.splitlines()[0].removeprefix("# ")
+
+
+def _read_memory(run: Run, path: Path) -> None:
+    try:
+        memory = json.loads(path.read_bytes())
+    except ValueError:
+        memory = None
+    if not isinstance(memory, dict) or not isinstance(memory.get("peak_bytes"), int):
+        run.missing.append("memory.json is damaged")
+        return
+    run.memory = memory
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The objects of a JSON Lines file, one at a time; None for a line that is none."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                value = None
+            yield value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
+
+
+def _read_sparsity(run: Run, path: Path) -> None:
+    found: dict[int, dict[str, Any]] = {}
+    damaged = others = 0
+    for line in _lines(path):
+        if line is None or not isinstance(line.get("last_step"), dict):
+            damaged += 1
+        elif line.get("optimizer"):
+            others += 1
+        else:
+            found[line["step"]] = line
+    run.sparsity = [found[step] for step in sorted(found)]
+    _damaged(run, path, damaged)
+    if others:
+        run.missing.append(f"sparsity.jsonl: {others:,} lines of further optimizers are not shown")
+
+
+def _read_completions(run: Run, path: Path) -> None:
+    first: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    damaged = 0
+    for line in _lines(path):  # only those of two steps are held
+        if line is None:
+            damaged += 1
+        elif not first or line["step"] == first[0]["step"]:
+            first.append(line)
+        elif not last or line["step"] == last[0]["step"]:
+            last.append(line)
+        elif line["step"] > last[0]["step"]:
+            last = [line]
+    run.completions = first + last
+    _damaged(run, path, damaged)
+
+
+def _resumed_from(run: Run) -> Path | None:
+    """The folder of the run whose checkpoint a run began with."""
+    path = run.config.get("ckpt_path")
+    if not isinstance(path, str) or not path.endswith(".ckpt"):
+        return None
+    where = Path(path)
+    if not where.is_absolute():  # to where the command was typed: above runs/NAME/version_K
+        beginnings = [above / where for above in (Path(), *run.folder.resolve().parents)]
+        where = next((found for found in beginnings if found.exists()), where)
+    holder = where.parent
+    return holder.parent if holder.name == "checkpoints" else holder
+
+
+def _prepend(run: Run, earlier: Run) -> None:
+    """Put what was measured before the checkpoint in front."""
+    begin = min((curve[0][0] for curve in run.curves.values()), default=None)
+    for name, curve in earlier.curves.items():
+        kept = [point for point in curve if begin is None or point[0] < begin]
+        run.curves[name] = kept + run.curves.get(name, [])
+    run.curves = {name: curve for name, curve in run.curves.items() if curve}
+    since = run.sparsity[0].get("since_step") if run.sparsity else None
+    run.sparsity = [line for line in earlier.sparsity if since is None or line["step"] <= since] + run.sparsity
+    if earlier.completions:
+        first, last = earlier.completions[0]["step"], (run.completions or earlier.completions)[-1]["step"]
+        run.completions = [line for line in earlier.completions if line["step"] == first] + [
+            line for line in run.completions or earlier.completions if line["step"] == last != first
+        ]
+    run.memory = _highest(run.memory, earlier.memory)
+    run.missing += [f"{text}, in {earlier.folder}" for text in earlier.missing]
+
+
+def _highest(memory: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Peaks of both parts of a run; the rest as the later one says."""
+    if not memory or not earlier:
+        return memory or earlier
+    phases = [part.get("phase_peak_bytes") or {} for part in (memory, earlier)]
+    peaks = {name: max(part.get(name, 0) for part in phases) for part in phases for name in part}
+    return memory | {"peak_bytes": max(memory["peak_bytes"], earlier["peak_bytes"]), "phase_peak_bytes": peaks}
+
+
+def _remark(run: Run) -> None:
+    for name, curve in run.curves.items():
+        if number := sum(not math.isfinite(value) for _, value in curve):
+            run.missing.append(f"{name}: {number:,} value{'s' * (number > 1)} not finite, a gap in the curve")
+    if len({line.get("since_step") for line in run.sparsity}) > 1:
+        run.missing.append("changes since the start are counted from each resumption anew")
