@@ -17,7 +17,10 @@ COMMANDS = {
         "how much memory a run will take: a table, --config NAME or --model NAME",
     ),
     "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
-    "report": ("rlvr_lightning.report.command", "what runs did, on one page: RUN [RUN...] --out report.html or report.md"),
+    "report": (
+        "rlvr_lightning.report.command",
+        "what runs did, on one page or as Markdown: RUN [RUN...] --out report.html",
+    ),
     "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "replay": ("rlvr_lightning.replay", "which completions of a batch make the gradient not finite: FOLDER"),

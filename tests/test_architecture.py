@@ -45,6 +45,7 @@ FLOORS = [
         "sweep",
         "plots",
         "bench_tables",
+        "report",
         "__main__",
     },
 ]

@@ -57,9 +57,9 @@ def document(runs: Sequence[Run]) -> list[Section]:
 
 
 DEFINITIONS = (
-    "Share of the weights that one optimizer step changed, and that differ from the start of the run. bf16: the bits of "
-    "the values rounded to bf16 differ; tol1e-5: and are further apart than 1e-5; rel1e-3: the stored values are further "
-    "apart than 1e-3 of the larger; fp32: the stored bits differ at all."
+    "Share of the weights that one optimizer step changed, and that differ from the start of the run. bf16: the bits "
+    "of the values rounded to bf16 differ; tol1e-5: and those are further apart than 1e-5; rel1e-3: the stored values "
+    "are further apart than 1e-3 of the larger; fp32: the stored bits differ at all."
 )
 
 
@@ -71,7 +71,7 @@ def validation(runs: Sequence[Run]) -> list[str]:
 
 
 def _ends(run: Run, metric: str) -> list[str]:
-    """First and last value; the first only if it was measured before the first step, or is all there is."""
+    """First and last value."""
     curve = run.curves.get(metric, [])
     return [number(curve[0][1]), number(curve[-1][1])] if curve else ["-", "-"]
 
@@ -79,8 +79,7 @@ def _ends(run: Run, metric: str) -> list[str]:
 def summary(runs: Sequence[Run]) -> Table:
     """One row a run."""
     shown = [name for name in ("reward/mean", *validation(runs)) if any(name in run.curves for run in runs)]
-    columns = ["run", "batches", *(f"{name} {end}" for name in shown for end in ("first", "last"))]
-    columns += ["peak GiB", "optimizer state bytes", "changed, bf16", "training s"]
+    columns = ["run", "batches", *shown, "peak GiB", "optimizer state bytes", "changed, bf16", "training s"]
     rows: list[list[Any]] = []
     for run in runs:
         peak, state = peak_bytes(run), run.last("memory/optimizer_state_bytes")
@@ -90,14 +89,15 @@ def summary(runs: Sequence[Run]) -> Table:
             [
                 run.name,
                 max(steps, default=None),
-                *(end for name in shown for end in _ends(run, name)),
+                *(" to ".join(_ends(run, name)) if run.curves.get(name) else None for name in shown),
                 None if peak is None else gib(peak),
                 None if state is None else int(state),
                 share(run.sparsity[-1].get("total") if run.sparsity else None, "bf16"),
                 f"{seconds:,.0f}" if seconds else None,
             ]
         )
-    return Table("", columns, rows, ["changed: of all weights, since the start, when last measured"])
+    notes = ["Metrics: first value to last. Changed: of all weights, since the start, when last measured."]
+    return Table("", columns, rows, notes)
 
 
 def training(runs: Sequence[Run]) -> Table:
@@ -162,6 +162,11 @@ def sparsity_tables(runs: Sequence[Run]) -> list[Table]:
                 entries = part.get("entries") if isinstance(part, dict) else None
                 rows.append([run.name, line["step"], what, kind, entries, *(share(part, name) for name in names)])
     notes = [f"{run.name}: no measurement" for run in runs if not run.sparsity]
+    for run in runs:
+        starts = sorted({each["since_step"] for each in run.sparsity if each.get("since_step")})
+        if starts:
+            text = f"{run.name}: resumed after step {', '.join(map(str, starts))}; the start counts from there anew"
+            notes.append(text)
     columns = ["run", "optimizer step", "", "kind", "weights", *names]
     return [Table("Changed weights when last measured", columns, rows, notes)]
 

@@ -1,4 +1,4 @@
-"""The charts of a page. Text, axes and backgrounds get their colours from the page, which knows light, dark and print."""
+"""The charts of a page. Text and background get their colours from the page, which knows light, dark and print."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 GRID = "rgba(128,128,128,0.28)"
 ROW = 250
 """Pixels of a row of charts."""
+BATCHES = "batches of rollouts"
+STEPS = "optimizer steps"
+TOGETHER = 6
+"""Charts of a figure: what a printed page holds."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def panels(titles: Sequence[str], columns: int = 2, row_px: int = ROW, **setting
     columns = min(columns, len(titles))
     lines = math.ceil(len(titles) / columns)
     height = lines * row_px + 90
-    gaps = {"vertical_spacing": 62 / height if lines > 1 else 0, "horizontal_spacing": 0.16 / columns}
+    gaps = {"vertical_spacing": 58 / height if lines > 1 else 0, "horizontal_spacing": 0.16 / columns}
     figure = make_subplots(lines, columns, subplot_titles=list(map(plain, titles)), **gaps | settings)
     figure.update_layout(
         template="none",
@@ -80,6 +84,12 @@ def places(figure: go.Figure, number: int) -> list[tuple[int, int]]:
     return [(k // columns + 1, k % columns + 1) for k in range(number)]
 
 
+def name_x(figure: go.Figure, title: str, column: int | None = None) -> None:
+    """What the horizontal axes count, said under the lowest charts, or one of them."""
+    text = {"text": title, "standoff": 4, "font": {"size": 12}}
+    figure.update_xaxes(title=text, row=len(figure._grid_ref), col=column)
+
+
 def line(run: str, curve: Curve, number: int, first: bool, **settings: Any) -> go.Scatter:
     """A curve of a run; those of one run are shown and hidden together."""
     few = len(curve) <= 40
@@ -98,8 +108,10 @@ def line(run: str, curve: Curve, number: int, first: bool, **settings: Any) -> g
 def training(runs: Sequence[Run]) -> list[Chart]:
     """Reward, validation, KL, entropy, lengths; one line a run."""
     names = charted(runs)
-    if not names:
-        return []
+    return [_curves(names[k : k + TOGETHER], runs, BATCHES) for k in range(0, len(names), TOGETHER)]
+
+
+def _curves(names: Sequence[str], runs: Sequence[Run], over: str, **axis: Any) -> Chart:
     figure = panels(names, shared_xaxes="all")
     shown: set[int] = set()
     for name, (row, column) in zip(names, places(figure, len(names)), strict=True):
@@ -107,7 +119,9 @@ def training(runs: Sequence[Run]) -> list[Chart]:
             if curve := run.curves.get(name):
                 figure.add_trace(line(run.name, curve, number, number not in shown), row, column)
                 shown.add(number)
-    return [Chart(f"{', '.join(names)} over batches of rollouts; a line for each run.", figure)]
+    figure.update_yaxes(**axis)
+    name_x(figure, over)
+    return Chart(f"{', '.join(names)} over {over}; a line for each run.", figure)
 
 
 def memory(runs: Sequence[Run]) -> list[Chart]:
@@ -117,8 +131,10 @@ def memory(runs: Sequence[Run]) -> list[Chart]:
 
 def _owners(runs: Sequence[Run]) -> list[Chart]:
     found = [run for run in runs if any(f"memory/{owner}_bytes" in run.curves for owner in OWNERS)]
-    if not found:
-        return []
+    return [_stacks(found[k : k + TOGETHER]) for k in range(0, len(found), TOGETHER)]
+
+
+def _stacks(found: Sequence[Run]) -> Chart:
     figure = panels([run.name for run in found], shared_yaxes="all")
     for run, (row, column) in zip(found, places(figure, len(found)), strict=True):
         for number, owner in enumerate(OWNERS):
@@ -127,8 +143,9 @@ def _owners(runs: Sequence[Run]) -> list[Chart]:
             trace.update(mode="lines", line={"dash": "solid", "width": 1}, fillpattern=_pattern(number))
             figure.add_trace(trace, row, column)
     figure.update_yaxes(title="MiB", rangemode="tozero", col=1)
+    name_x(figure, BATCHES)
     what = "MiB held by weights, gradients before the step, optimizer state and reference, over all processes"
-    return [Chart(f"{what}; stacked, over batches of rollouts; a chart for each run.", figure)]
+    return Chart(f"{what}; stacked; a chart for each run.", figure)
 
 
 def _pattern(number: int) -> dict[str, Any]:
@@ -150,6 +167,7 @@ def _peaks(runs: Sequence[Run]) -> list[Chart]:
             trace.update(line={"width": 1}, marker={"symbol": "diamond"})
             figure.add_trace(trace, 1, 1)
     figure.update_yaxes(title="MiB", rangemode="tozero")
+    name_x(figure, BATCHES)
     said = "with what was predicted" if any(comparable(run) for _, run in found) else "of the process with most"
     return [Chart(f"Peak memory in each batch of rollouts, MiB, {said}.", figure)]
 
@@ -160,7 +178,9 @@ def sparsity(runs: Sequence[Run]) -> list[Chart]:
     measured = [run for run in runs if run.sparsity]
     if not names:
         return _logged(runs)
-    return [_shares(runs, names), *(_heat(run, names, _least(measured, names)) for run in measured)]
+    least = _least(measured, names)
+    heats = [_heat(run, names, when, least) for run in measured for when in WHEN if _parts(run, when, "kinds")]
+    return [_shares(runs, names), *heats]
 
 
 def fraction(record: Any, definition: str) -> float | None:
@@ -171,12 +191,12 @@ def fraction(record: Any, definition: str) -> float | None:
         return None
 
 
-WHEN = {"last_step": "changed by a step", "total": "since the start"}
+WHEN = {"last_step": "changed by a step", "total": "changed since the start"}
 
 
 def _shares(runs: Sequence[Run], names: Sequence[str]) -> Chart:
     keys = [(name, when) for name in names for when in WHEN]
-    figure = panels([f"{name}, {WHEN[when]}" for name, when in keys], shared_xaxes="all")
+    figure = panels([f"{name}, {WHEN[when]}" for name, when in keys], row_px=200, shared_xaxes="all")
     for (name, when), (row, column) in zip(keys, places(figure, len(keys)), strict=True):
         for number, run in enumerate(runs):
             values = [(each["step"], fraction(each.get(when), name)) for each in run.sparsity]
@@ -184,21 +204,14 @@ def _shares(runs: Sequence[Run], names: Sequence[str]) -> Chart:
             if curve:
                 figure.add_trace(line(run.name, curve, number, (row, column) == (1, 1)), row, column)
     figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
+    name_x(figure, STEPS)
     return Chart("Share of weights changed, by definition, over optimizer steps; a line for each run.", figure)
 
 
 def _logged(runs: Sequence[Run]) -> list[Chart]:
     """From metrics.csv, where `sparsity.jsonl` is not at hand: each value is repeated until the next measurement."""
     names = sorted({name for run in runs for name in run.curves if name.startswith("update/changed_frac")})
-    if not names:
-        return []
-    figure = panels(names)
-    for name, (row, column) in zip(names, places(figure, len(names)), strict=True):
-        for number, run in enumerate(runs):
-            if curve := run.curves.get(name):
-                figure.add_trace(line(run.name, curve, number, (row, column) == (1, 1)), row, column)
-    figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
-    return [Chart("Share of weights changed, over batches of rollouts; a line for each run.", figure)]
+    return [_curves(names, runs, BATCHES, tickformat=".3~%", rangemode="tozero")] if names else []
 
 
 def _parts(run: Run, when: str, by: str) -> list[str]:
@@ -221,38 +234,51 @@ def _least(runs: Sequence[Run], names: Sequence[str]) -> int:
     return min((math.floor(math.log10(share)) for share in shares if share), default=-1)
 
 
-def _heat(run: Run, names: Sequence[str], least: int) -> Chart:
-    rows = [(when, by) for when in WHEN for by in ("kinds", "layers") if _parts(run, when, by)]
-    heights = [len(_parts(run, when, by)) + 2.5 for when, by in rows]
-    titles = [f"{name}, {WHEN[when]}" if by == "kinds" else "" for when, by in rows for name in names]
+def _heat(run: Run, names: Sequence[str], when: str, least: int) -> Chart:
+    rows = [by for by in ("kinds", "layers") if _parts(run, when, by)]
+    heights = [_height(len(_parts(run, when, by))) for by in rows]
+    titles = [*names, *[""] * (len(names) * (len(rows) - 1))]
     figure = panels(titles, len(names), row_heights=heights, shared_yaxes=True, horizontal_spacing=0.015)
-    for k, (when, by) in enumerate(rows):
+    for k, by in enumerate(rows):
         for j, name in enumerate(names):
             figure.add_trace(_map(run, name, when, by), k + 1, j + 1)
-    height = int(sum(heights) * 20) + 120
-    # what changed nothing has no logarithm: the bare background
     ticks = list(range(least, 1))
     axis = {"colorscale": "Viridis", "cmin": least, "cmax": 0}
     bar = {"tickvals": ticks, "ticktext": [f"{100 * 10.0**tick:g} %" for tick in ticks], "thickness": 14}
-    figure.update_layout(height=height, hovermode="closest", coloraxis=axis | {"colorbar": bar})
-    figure.update_layout(title={"text": plain(run.name), "x": 0, "font": {"size": 15}}, margin={"t": 80, "l": 90})
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
-    figure.update_xaxes(showgrid=False)
-    what = "Share of weights changed in each kind of matrix and each layer, over optimizer steps"
-    return Chart(f"{run.name}: {what}, by definition; logarithmic scale, blank where nothing changed.", figure)
+    title = {"text": plain(f"{run.name}: {WHEN[when]}"), "x": 0, "font": {"size": 15}}
+    figure.update_layout(height=int(sum(heights)) + 170, hovermode="closest", coloraxis=axis | {"colorbar": bar})
+    figure.update_layout(title=title, margin={"t": 75, "l": 105})
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, ticks="")
+    figure.update_xaxes(showgrid=False, nticks=4)
+    figure.update_xaxes(showticklabels=len(rows) == 1, row=1)
+    name_x(figure, STEPS, 1)
+    what = f"{WHEN[when]}, in each kind of matrix and each layer, by definition"
+    return Chart(f"{run.name}: share of weights {what}; logarithmic scale, blank where nothing changed.", figure)
+
+
+def _height(rows: int) -> float:
+    """Pixels of a heat map: of many layers low ones, so that a printed page holds them."""
+    return rows * max(8.0, min(22.0, 600 / rows))
 
 
 def _map(run: Run, name: str, when: str, by: str) -> go.Heatmap:
     parts, steps = _parts(run, when, by), [each["step"] for each in run.sparsity]
-    found = [[((each.get(when) or {}).get(by) or {}).get(part) for each in run.sparsity] for part in parts]
+    found: list[list[Any]] = [
+        [((each.get(when) or {}).get(by) or {}).get(part) for each in run.sparsity] for part in parts
+    ]
     shares = [[fraction(record, name) for record in row] for row in found]
     counts = [
-        [f"{r['changed'][name]:,} of {r['entries']:,}" if s is not None else "" for r, s in zip(row, kept, strict=True)]
-        for row, kept in zip(found, shares, strict=True)
+        [
+            "" if fraction(record, name) is None else f"{record['changed'][name]:,} of {record['entries']:,}"
+            for record in row
+        ]
+        for row in found
     ]
     return go.Heatmap(
         x=steps,
-        y=[f"layer {part}" if part.isdigit() else "outside layers" if by == "layers" else plain(part) for part in parts],
+        y=[
+            f"layer {part}" if part.isdigit() else "outside layers" if by == "layers" else plain(part) for part in parts
+        ],
         z=[[math.log10(share) if share else None for share in row] for row in shares],
         text=counts,
         hovertemplate="step %{x}, %{y}: %{text}<extra></extra>",

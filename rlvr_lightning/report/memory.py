@@ -67,8 +67,8 @@ def memory_table(runs: Sequence[Run]) -> Table:
     """Bytes of one process by owner, predicted and measured, with the error where both mean the same."""
     rows: list[list[Any]] = []
     notes = [
-        "Each owner at its own highest; the peak is what is held at once. Predicted: for completions as long as allowed, "
-        "so an upper bound for the peak."
+        "Each owner at its own highest; the peak is what is held at once. Predicted: for completions as long as "
+        "allowed, so an upper bound for the peak."
     ]
     for run in runs:
         found = predicted(run)

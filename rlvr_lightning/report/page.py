@@ -42,7 +42,7 @@ def page(runs: Sequence[Run]) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title><style>{(HERE / 'page.css').read_text()}</style></head><body>",
             f"<h1>{title}</h1>",
-            f'<nav>{"".join(f"<a href=#{_anchor(s.title)}>{html.escape(s.title)}</a> " for s in sections)}</nav>',
+            f"<nav>{''.join(f'<a href=#{_anchor(s.title)}>{html.escape(s.title)}</a> ' for s in sections)}</nav>",
             *body,
             f'<script type="application/json" id="figures">{_inert(figures)}</script>',
             *(f"<script>{script}</script>" for script in scripts),
@@ -101,4 +101,5 @@ def _samples(found: Sequence[Sample]) -> str:
         for sample in found
     )
     heads = "<tr><th class=n>batches before</th><th>prompt</th><th>completion</th><th>scores</th></tr>"
-    return f'<div class="wide" tabindex="0"><table class="samples"><thead>{heads}</thead><tbody>{rows}</tbody></table></div>'
+    table = f'<table class="samples"><thead>{heads}</thead><tbody>{rows}</tbody></table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'

@@ -27,7 +27,7 @@ class Run:
     name: str
     folder: Path
     curves: dict[str, Curve] = field(default_factory=dict)
-    """Metric: [(batches of rollouts done, value), ...]; rising steps, each once; NaN and infinities among the values."""
+    """Metric: [(batches of rollouts done, value), ...]; rising steps, each once; values may be NaN or infinite."""
     memory: dict[str, Any] = field(default_factory=dict)
     """As in `memory.json`."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
@@ -229,5 +229,3 @@ def _remark(run: Run) -> None:
     for name, curve in run.curves.items():
         if number := sum(not math.isfinite(value) for _, value in curve):
             run.missing.append(f"{name}: {number:,} value{'s' * (number > 1)} not finite, a gap in the curve")
-    if len({line.get("since_step") for line in run.sparsity}) > 1:
-        run.missing.append("changes since the start are counted from each resumption anew")
