@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rlvr_lightning.data.prompts import PromptSource, Record
-from rlvr_lightning.rewards.math_answer import Verifier, gold_text, last_boxed, require_math_verify
+from rlvr_lightning.rewards.math_answer import as_list, usable_golds
+from rlvr_lightning.rewards.math_text import last_boxed
+from rlvr_lightning.rewards.math_verifier import Verifier, require_math_verify
 
 Answers = Literal["any", "math", "boxed"]
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+CHECKED_AT_ONCE, SHOWN = 1000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +145,7 @@ def load_table(path: str, config: str | None, split: str) -> Any:
 
 
 class Gold:
-    """The right answer of a row, or None where it cannot be used; a context that ends the checking process."""
+    """The right answers of rows, or None where they cannot be used; a context that ends the checking processes."""
 
     def __init__(self, column: str | None, kind: Answers) -> None:
         self.column, self.kind = column, kind
@@ -152,33 +156,51 @@ class Gold:
     def __enter__(self) -> Gold:
         return self
 
-    def __call__(self, row: Mapping[str, Any]) -> Any:
-        """The answer; True where there is no column."""
-        gold = True if self.column is None else row[self.column]
-        if self.kind == "any" or gold is None:
-            return gold
-        text = last_boxed(str(gold)) if self.kind == "boxed" else gold_text(str(gold))
-        return text if text is not None and self.verifier.parses(text) else None
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Their answers; True where there is no column."""
+        golds = [True if self.column is None else row[self.column] for row in rows]
+        if self.kind == "any":
+            return golds
+        texts = [as_list(gold) if gold is not None else [] for gold in golds]
+        if self.kind == "boxed":
+            texts = [[last_boxed(each) or "" for each in several] for several in texts]
+        flat = [each for several in texts for each in several]
+        usable = dict(zip(flat, usable_golds(flat, self.verifier), strict=True))
+        kept = [[usable[each] for each in several] for several in texts]
+        return [
+            _as_given(gold, mine) if mine and None not in mine else None for gold, mine in zip(golds, kept, strict=True)
+        ]
 
     def __exit__(self, *_: object) -> None:
         self.verifier.close()
 
 
+def _as_given(gold: Any, answers: list[Any]) -> Any:
+    """One answer, or the list of them that the row had."""
+    return answers if isinstance(gold, list | tuple) else answers[0]
+
+
 def _usable(
     rows: Iterable[tuple[int, Mapping[str, Any]]], prompt_column: str, gold: Gold, num: int | None
 ) -> list[tuple[int, str, Any]]:
-    """(row, problem, answer) of the first `num` rows that have both."""
+    """(row, problem, answer) of the first `num` rows that have both; the others are counted and the first are shown."""
     found: list[tuple[int, str, Any]] = []
-    dropped = 0
+    dropped: list[int] = []
+    remaining = iter(rows)
     with gold:
-        for number, row in rows:
-            problem, answer = row[prompt_column], gold(row)
-            if not isinstance(problem, str) or not problem.strip() or answer is None:
-                dropped += 1
-                continue
-            found.append((number, problem, answer))
-            if len(found) == num:
-                break
+        while batch := list(
+            islice(remaining, CHECKED_AT_ONCE if num is None else min(CHECKED_AT_ONCE, num - len(found)))
+        ):
+            for (number, row), answer in zip(batch, gold([row for _, row in batch]), strict=True):
+                problem = row[prompt_column]
+                if not isinstance(problem, str) or not problem.strip() or answer is None:
+                    dropped.append(number)
+                else:
+                    found.append((number, problem, answer))
     if dropped:
-        rank_zero_warn(f"left out {dropped} problems that are empty or have no usable answer, kept {len(found)}")
+        shown = ", ".join(map(str, dropped[:SHOWN])) + (", ..." if len(dropped) > SHOWN else "")
+        rank_zero_warn(
+            f"left out {len(dropped)} problems that are empty or have no usable answer (rows {shown}); "
+            f"kept {len(found)}"
+        )
     return found
