@@ -66,11 +66,11 @@ class ResidentProbe:
 
     def peak_bytes(self) -> int:
         """Peak of resident bytes since the reset."""
-        return _kib_field(self._status, "VmHWM:")
+        return kib_field(self._status, "VmHWM:")
 
     def total_bytes(self) -> int:
         """Memory of the machine."""
-        return _kib_field(self._meminfo, "MemTotal:")
+        return kib_field(self._meminfo, "MemTotal:")
 
 
 class LifetimeProbe:
@@ -96,7 +96,8 @@ class LifetimeProbe:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _kib_field(path: Path, field: str) -> int:
+def kib_field(path: Path, field: str) -> int:
+    """Bytes of a field in KiB of a file such as /proc/self/status."""
     for line in path.read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -5,6 +5,7 @@ profile --config sgd.yaml                      this run by owner; overrides as f
 profile --model qwen3-8b --optimizer adamw     a model without a config; a packaged name or a folder
 profile --config sgd.yaml --compare sgd,adamw  optimizers or configs beside each other
 profile --config sgd.yaml --fit-into 24GiB     the largest batches, or what to change
+profile --config sgd.yaml --measure            two real steps of it here, beside the prediction
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def parser() -> Parser:
         "--compare", help="optimizers or configs, with commas between them; savings are against the first"
     )
     made.add_argument("--fit-into", metavar="SIZE", help="of a GPU, such as 24GiB")
+    made.add_argument("--measure", action="store_true", help="run two steps of the config, as large as they can be")
+    made.add_argument("--limit", metavar="SIZE", help="of --measure: memory that the run may take, libraries apart")
     made.add_argument("--format", default="console", choices=FORMATS)
-    made.add_argument("--out", type=Path, help="write to this file instead of the console")
+    made.add_argument("--out", type=Path, help="write to this file, not the console; of --measure, its record as JSON")
     return made
 
 
@@ -102,6 +105,23 @@ def compared(names: str, base: Found | None, args: argparse.Namespace) -> list[T
     return compare(found)
 
 
+def measured(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run `--measure`."""
+    from rlvr_lightning.profiling import measure
+
+    for name in ("model", "optimizer", "dtype", "gpus", "prompt_tokens", "compare", "fit_into"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: --measure runs a config as it is; set it there, or as an override of fit")
+    if not args.config:
+        raise ValueError("--measure runs a config: add --config")
+    if args.out and args.out.suffix != ".json":
+        raise ValueError(f"--out: --measure writes a JSON record, so the name must end in .json, got {args.out}")
+    limit_bytes = parse_size(args.limit, "--limit") if args.limit else 0
+    simulated = getattr(args, "simulate", False)
+    return measure.main(args.config, overrides, limit_bytes, simulated, args.out, args.format)
+
+
 def tables(args: argparse.Namespace, overrides: Sequence[str]) -> list[Table]:
     """What the options ask for."""
     if args.gpus is not None and args.gpus < 1:
@@ -132,6 +152,10 @@ def main(argv: list[str]) -> int:
     """Print or write the tables; 2 after a mistake, of which it says one line."""
     args, overrides = parser().parse_known_args(argv)
     try:
+        if args.limit and not args.measure:
+            raise ValueError("--limit is of --measure; to find what fits without a run: --fit-into")
+        if args.measure:
+            return measured(args, overrides)
         text = render(tables(args, overrides), args.format)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,8 @@ SIZE = re.compile(r"([\d.]+)\s*([KMGT]?i?B)")
 OURS = "--model.optimizer rlvr_lightning.optim.SGD --model.optimizer.lr {lr}"
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size for people.
+def parse_size(text: str, option: str = "--fit-into") -> int:
+    """Bytes of a size for people, given for an option.
 
     Raises:
         ValueError: it is none.
@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
     except (ValueError, KeyError):
         size = 0
     if size < 1:
-        raise ValueError(f"--fit-into: {text!r} is no size; give one such as 24GiB or 80GB")
+        raise ValueError(f"{option}: {text!r} is no size; give one such as 24GiB or 80GB")
     return size
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -92,3 +92,23 @@ class Ledger:
     def phase_bytes(self, phase: Literal["rollout", "training"]) -> int:
         """The most at once in a phase; 0 if it has no instants."""
         return max((instant.held.total for instant in self.instants if instant.phase == phase), default=0)
+
+
+PHASES = ("rollout", "reference", "forward", "backward", "optimizer")
+"""Of a step of a GRPO module, those that have an owner for what is made in them."""
+
+
+def of_phases(peaks: Mapping[str, Mapping[str, int]]) -> Ledger:
+    """A ledger of what was held when there was most in each phase of a step; others than `PHASES` are left out.
+
+    Args:
+        peaks: phase -> owner, as of `Held` -> bytes.
+
+    >>> of_phases({"": {"weights": 99}, "rollout": {"weights": 4, "kv_cache": 9}, "forward": {"weights": 4}}).peak.phase
+    'rollout'
+    """
+    return Ledger(
+        Instant(name=name, phase="rollout" if name == "rollout" else "training", held=Held(**held))
+        for name, held in peaks.items()
+        if name in PHASES
+    )

@@ -6,7 +6,7 @@ weights are what the functions make that are named below; all else belongs to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.logprobs import _TokenLogprobs
 from rlvr_lightning.optim import SGD, bits, update
 from rlvr_lightning.profiling.allocations import AllocationCounter
-from rlvr_lightning.profiling.ledger import Held, Instant, Ledger
+from rlvr_lightning.profiling.ledger import Ledger, of_phases
 from rlvr_lightning.rollout import hf
 from rlvr_lightning.rollout.attention import PromptPass
 from rlvr_lightning.rollout.cache import SharedCache
@@ -110,8 +110,7 @@ class Owners:
         Raises:
             ValueError: there was none.
         """
-        found = {name: held for name, held in self.peaks.items() if name in PHASES}
-        return as_ledger(found)
+        return of_phases(self.peaks)
 
     def _note(self) -> None:
         most = self.counter.peak_by_owner
@@ -151,20 +150,6 @@ class Owners:
             return result
 
         return attend
-
-
-def as_ledger(peaks: Mapping[str, Mapping[str, int]]) -> Ledger:
-    """Bytes by owner in each phase of a module as a ledger.
-
-    >>> as_ledger({"rollout": {"weights": 4, "kv_cache": 9}, "forward": {"weights": 4}}).peak.phase
-    'rollout'
-    """
-    instants = []
-    for name, held in peaks.items():
-        instants.append(
-            Instant(name=name, phase="rollout" if name == "rollout" else "training", held=Held(**dict(held)))
-        )
-    return Ledger(instants)
 
 
 @contextmanager
