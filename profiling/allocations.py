@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,8 @@ class AllocationCounter(TorchDispatchMode):
         """The most that was alive at once since the last `reset_peak`."""
         self.peak_by_owner: dict[str, int] = {}
         """Who held it then."""
+        self.on_change: Callable[[int, Mapping[str, int]], None] | None = None
+        """Called with the bytes alive, in all and by owner, whenever a storage was made, went or changed its size."""
 
     def own(self, owner: str, tensors: Iterable[Tensor]) -> None:
         """Give the storages of some tensors to an owner, also those that were made before counting began."""
@@ -115,6 +117,7 @@ class AllocationCounter(TorchDispatchMode):
                 self._finalizers[key] = weakref.finalize(storage, self._gone, key)
                 self._by_owner[self._owner[key]] += size
                 self._total += size
+                self._tell()
             elif owner and self._owner[key] != owner:
                 self._by_owner[self._owner[key]] -= self._size[key]
                 self._by_owner[owner] += self._size[key]
@@ -130,6 +133,7 @@ class AllocationCounter(TorchDispatchMode):
             self._size[key] += grown
             self._by_owner[self._owner[key]] += grown
             self._total += grown
+            self._tell()
             if self._total > self.peak_bytes:
                 self.reset_peak()
 
@@ -138,6 +142,11 @@ class AllocationCounter(TorchDispatchMode):
         self._total -= size
         self._by_owner[self._owner.pop(key)] -= size
         del self._finalizers[key]
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change(self._total, self._by_owner)
 
 
 def _strided_parts(tensor: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlvr_lightning.profiling.table import Table, html_table
@@ -23,18 +23,29 @@ def page(runs: Sequence[Run]) -> str:
     Raises:
         ModuleNotFoundError: plotly is not installed.
     """
+    sections = document(runs)
+    names = ", ".join(run.name for run in runs)
+    title = names if len(names) < 100 else f"{len(runs)} runs"
+    return framed(title, sections, {section.title: charts(section.title, runs) for section in sections})
+
+
+def framed(title: str, sections: Sequence[Section], drawn: Mapping[str, Sequence[Chart]]) -> str:
+    """HTML of some sections and the charts in them.
+
+    Args:
+        title: of the page.
+        sections: in their order.
+        drawn: charts by the title of their section.
+    """
     from plotly.offline import get_plotlyjs
 
     scripts = [get_plotlyjs(), (HERE / "page.js").read_text()]
-    sections = document(runs)
-    drawn = {section.title: charts(section.title, runs) for section in sections}
     figures = [chart.figure.to_plotly_json() for found in drawn.values() for chart in found]
     start, body = 0, []
     for section in sections:
         body.append(_section(section, drawn[section.title], start))
         start += len(drawn[section.title])
-    names = ", ".join(run.name for run in runs)
-    title = html.escape(names if len(names) < 100 else f"{len(runs)} runs")
+    title = html.escape(title)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
