@@ -64,7 +64,10 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     try:
         print(write(options.runs, options.out))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: report: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0

@@ -11,7 +11,7 @@ import yaml
 
 from rlvr_lightning.profiling.table import Table
 from rlvr_lightning.report.memory import memory_table, peak_bytes, phase_table
-from rlvr_lightning.report.reading import Run
+from rlvr_lightning.report.reading import Run, merged, notes
 from rlvr_lightning.report.settings import differences
 from rlvr_lightning.report.text import harmless
 from rlvr_lightning.tables import gib, number
@@ -96,8 +96,8 @@ def summary(runs: Sequence[Run]) -> Table:
                 f"{seconds:,.0f}" if seconds else None,
             ]
         )
-    notes = ["Metrics: first value to last. Changed: of all weights, since the start, when last measured."]
-    return Table("", columns, rows, notes)
+    note = "Metrics: first value to last. Changed: of all weights, since the start, when last measured."
+    return Table("", columns, rows, [note])
 
 
 def training(runs: Sequence[Run]) -> Table:
@@ -109,11 +109,11 @@ def training(runs: Sequence[Run]) -> Table:
             low, high = (number(min(values)), number(max(values))) if values else ("-", "-")
             rows.append([name, run.name, len(values), *_ends(run, name), low, high])
     absent = [name for name in WANTED if name not in charted(runs)]
-    notes = [f"not recorded in any run: {', '.join(absent)}"] if absent else []
+    said = [f"not recorded in any run: {', '.join(absent)}"] if absent else []
     others = sorted({name for run in runs for name in run.curves} - set(charted(runs)))
     hidden = [name for name in others if not name.startswith(("memory/", "update/changed", "update/measure"))]
-    notes += [f"recorded in metrics.csv, not shown: {', '.join(hidden)}"] if hidden else []
-    return Table("", ["metric", "run", "values", "first", "last", "lowest", "highest"], rows, notes)
+    said += [f"recorded in metrics.csv, not shown: {', '.join(hidden)}"] if hidden else []
+    return Table("", ["metric", "run", "values", "first", "last", "lowest", "highest"], rows, said)
 
 
 WANTED = (
@@ -161,14 +161,14 @@ def sparsity_tables(runs: Sequence[Run]) -> list[Table]:
             for kind, part in {"all": record, **(kinds or {})}.items() if record else ():
                 entries = part.get("entries") if isinstance(part, dict) else None
                 rows.append([run.name, line["step"], what, kind, entries, *(share(part, name) for name in names)])
-    notes = [f"{run.name}: no measurement" for run in runs if not run.sparsity]
+    said = [(run.name, "no sparsity.jsonl, or nothing in it") for run in runs if not run.sparsity]
     for run in runs:
         starts = sorted({each["since_step"] for each in run.sparsity if each.get("since_step")})
         if starts:
-            text = f"{run.name}: resumed after step {', '.join(map(str, starts))}; the start counts from there anew"
-            notes.append(text)
+            text = f"resumed after step {', '.join(map(str, starts))}; the start counts from there anew"
+            said.append((run.name, text))
     columns = ["run", "optimizer step", "", "kind", "weights", *names]
-    return [Table("Changed weights when last measured", columns, rows, notes)]
+    return [Table("Changed weights when last measured", columns, rows, notes(said))]
 
 
 def _kept(runs: Sequence[Run]) -> str:
@@ -213,6 +213,6 @@ def origins(runs: Sequence[Run]) -> list[Table]:
     """The folder of each run, how it is run again, and what is not there."""
     names = list(dict.fromkeys(name for run in runs for name in run.origin))
     rows = [[run.name, str(run.folder), *(run.origin.get(name) for name in names)] for run in runs]
-    left_out = [[run.name, text] for run in runs for text in run.missing]
+    left_out = list(merged((run.name, text) for run in runs for text in run.missing).items())
     tables = [Table("", ["run", "folder", *names], rows)]
-    return [*tables, Table("Missing, damaged or left out", ["run", "what"], left_out)] if left_out else tables
+    return [*tables, Table("Missing, damaged or left out", ["what", "of"], left_out)] if left_out else tables

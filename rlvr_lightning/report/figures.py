@@ -48,9 +48,14 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def look(number: int) -> dict[str, Any]:
-    """The line of the run of that number: another colour for the next, another dash too."""
-    return {"color": SEEN[number % len(SEEN)], "dash": DASHES[number % len(DASHES)], "width": 2}
+def groups(runs: Sequence[Run]) -> dict[str, int]:
+    """Of each group of runs its number, which decides its look."""
+    return {group: number for number, group in enumerate(dict.fromkeys(run.group for run in runs))}
+
+
+def look(number: int, thin: bool = False) -> dict[str, Any]:
+    """The line of the group of that number: another colour for the next, another dash too."""
+    return {"color": SEEN[number % len(SEEN)], "dash": DASHES[number % len(DASHES)], "width": 1 if thin else 2}
 
 
 def panels(titles: Sequence[str], columns: int = 2, row_px: int = ROW, **settings: Any) -> go.Figure:
@@ -90,19 +95,45 @@ def name_x(figure: go.Figure, title: str, column: int | None = None) -> None:
     figure.update_xaxes(title=text, row=len(figure._grid_ref), col=column)
 
 
-def line(run: str, curve: Curve, number: int, first: bool, **settings: Any) -> go.Scatter:
-    """A curve of a run; those of one run are shown and hidden together."""
+def line(name: str, curve: Curve, number: int, first: bool, hover: str = "", **settings: Any) -> go.Scatter:
+    """A curve; those of one name are shown and hidden together.
+
+    Args:
+        name: in the legend.
+        curve: its points.
+        number: decides its look.
+        first: whether it is the one of its name that the legend shows.
+        hover: its name under the pointer, if another.
+        settings: of plotly's Scatter.
+    """
     few = len(curve) <= 40
     return go.Scatter(
         x=[step for step, _ in curve],
         y=[value if math.isfinite(value) else None for _, value in curve],
-        name=plain(run),
-        legendgroup=run,
+        name=plain(name),
+        legendgroup=name,
         showlegend=first,
         mode="lines+markers" if few else "lines",
-        line=look(number),
-        **settings,
+        hovertemplate=f"%{{y}}<extra>{plain(hover or name)}</extra>",
+        **{"line": look(number)} | settings,
     )
+
+
+def add_curves(figure: go.Figure, runs: Sequence[Run], found: Sequence[Sequence[Curve]]) -> None:
+    """A chart for each of some metrics: of each the curves of all runs, empty ones where there is none."""
+    numbers, shown = groups(runs), set()
+    names = [run.group for run in runs]
+    for curves, (row, column) in zip(found, places(figure, len(found)), strict=True):
+        for run, curve in zip(runs, curves, strict=True):
+            if curve:
+                style = look(numbers[run.group], thin=names.count(run.group) > 1)
+                seeds = f" ({names.count(run.group)} runs)" if names.count(run.group) > 1 else ""
+                first = run.group not in shown
+                trace = line(f"{run.group}{seeds}", curve, numbers[run.group], first, run.name, line=style)
+                figure.add_trace(trace, row, column)
+                shown.add(run.group)
+    rows = math.ceil(sum(len(name) + 16 for name in set(names)) / 130)
+    figure.update_layout(margin={"t": 48 + 22 * rows}, height=figure.layout.height + 22 * (rows - 1))
 
 
 def training(runs: Sequence[Run]) -> list[Chart]:
@@ -113,12 +144,7 @@ def training(runs: Sequence[Run]) -> list[Chart]:
 
 def _curves(names: Sequence[str], runs: Sequence[Run], over: str, **axis: Any) -> Chart:
     figure = panels(names, shared_xaxes="all")
-    shown: set[int] = set()
-    for name, (row, column) in zip(names, places(figure, len(names)), strict=True):
-        for number, run in enumerate(runs):
-            if curve := run.curves.get(name):
-                figure.add_trace(line(run.name, curve, number, number not in shown), row, column)
-                shown.add(number)
+    add_curves(figure, runs, [[run.curves.get(name, []) for run in runs] for name in names])
     figure.update_yaxes(**axis)
     name_x(figure, over)
     return Chart(f"{', '.join(names)} over {over}; a line for each run.", figure)
@@ -130,7 +156,7 @@ def memory(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _owners(runs: Sequence[Run]) -> list[Chart]:
-    found = [run for run in runs if any(f"memory/{owner}_bytes" in run.curves for owner in OWNERS)]
+    found = [run for run in runs if "memory/weights_bytes" in run.curves]  # the records of sweeps may lack them
     return [_stacks(found[k : k + TOGETHER]) for k in range(0, len(found), TOGETHER)]
 
 
@@ -153,22 +179,21 @@ def _pattern(number: int) -> dict[str, Any]:
 
 
 def _peaks(runs: Sequence[Run]) -> list[Chart]:
-    found = [(number, run) for number, run in enumerate(runs) if "memory/peak_bytes" in run.curves]
-    if not found:
+    curves = [[(step, value / 2**20) for step, value in run.curves.get("memory/peak_bytes", [])] for run in runs]
+    if not any(curves):
         return []
     figure = panels(["peak of each batch"])
-    for number, run in found:
-        curve = [(step, value / 2**20) for step, value in run.curves["memory/peak_bytes"]]
-        figure.add_trace(line(run.name, curve, number, True), 1, 1)
-        ledger = predicted(run).ledger if comparable(run) else None
+    add_curves(figure, runs, [curves])
+    said = "of the process with most"
+    for run, curve in zip(runs, curves, strict=True):
+        ledger = predicted(run).ledger if comparable(run) and curve else None
         if ledger:
-            ends = [(curve[0][0], ledger.peak_bytes / 2**20), (curve[-1][0], ledger.peak_bytes / 2**20)]
-            trace = line(f"{run.name}, predicted", ends, number, True)
-            trace.update(line={"width": 1}, marker={"symbol": "diamond"})
-            figure.add_trace(trace, 1, 1)
+            said = "with what was predicted"
+            ends = [(step, ledger.peak_bytes / 2**20) for step in (curve[0][0], curve[-1][0])]
+            style = look(groups(runs)[run.group], thin=True)
+            figure.add_trace(line(f"{run.name}, predicted", ends, 0, True, line=style, marker_symbol="diamond"), 1, 1)
     figure.update_yaxes(title="MiB", rangemode="tozero")
     name_x(figure, BATCHES)
-    said = "with what was predicted" if any(comparable(run) for _, run in found) else "of the process with most"
     return [Chart(f"Peak memory in each batch of rollouts, MiB, {said}.", figure)]
 
 
@@ -197,15 +222,16 @@ WHEN = {"last_step": "changed by a step", "total": "changed since the start"}
 def _shares(runs: Sequence[Run], names: Sequence[str]) -> Chart:
     keys = [(name, when) for name in names for when in WHEN]
     figure = panels([f"{name}, {WHEN[when]}" for name, when in keys], row_px=200, shared_xaxes="all")
-    for (name, when), (row, column) in zip(keys, places(figure, len(keys)), strict=True):
-        for number, run in enumerate(runs):
-            values = [(each["step"], fraction(each.get(when), name)) for each in run.sparsity]
-            curve = [(step, value) for step, value in values if value is not None]
-            if curve:
-                figure.add_trace(line(run.name, curve, number, (row, column) == (1, 1)), row, column)
+    found = [[_points(run, name, when) for run in runs] for name, when in keys]
+    add_curves(figure, runs, found)
     figure.update_yaxes(tickformat=".3~%", rangemode="tozero")
     name_x(figure, STEPS)
     return Chart("Share of weights changed, by definition, over optimizer steps; a line for each run.", figure)
+
+
+def _points(run: Run, name: str, when: str) -> Curve:
+    values = [(each["step"], fraction(each.get(when), name)) for each in run.sparsity]
+    return [(step, value) for step, value in values if value is not None]
 
 
 def _logged(runs: Sequence[Run]) -> list[Chart]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlvr_lightning.records import Cell
 from rlvr_lightning.report.reading import FILES, Run, is_run, read_run
 
 
@@ -71,7 +72,7 @@ def _read(name: str, folder: Path) -> Run:
     path = folder.parent.parent / "records" / f"{folder.name}.json"
     record = _record(path) if folder.parent.name == "runs" and path.is_file() else None
     if not is_run(folder):
-        run = Run(name, folder, missing=[f"only a record, {path}: curves of the metrics that the sweep kept"])
+        run = Run(name, folder, missing=["only a sweep's record: curves of the metrics that the sweep kept"])
     else:
         run = read_run(name, folder)
     if record:
@@ -93,6 +94,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 def _add(run: Run, record: dict[str, Any]) -> None:
     """What a sweep's record knows beside the run's own files, or instead of them."""
+    if isinstance(record.get("point"), dict):
+        run.group = Cell(str(record.get("label")), record["point"], []).name
     if not run.curves:
         run.curves = {
             name: [(int(step), float("nan") if value is None else float(value)) for step, value in summary["curve"]]

@@ -12,7 +12,7 @@ from rlvr_lightning.profiling.ledger import Ledger
 from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.run_config import model_of, run_of
 from rlvr_lightning.profiling.table import Table
-from rlvr_lightning.report.reading import Run
+from rlvr_lightning.report.reading import Run, notes
 
 OWNERS = ("weights", "gradients", "optimizer_state", "reference")
 """What callbacks and GRPO log as `memory/<owner>_bytes`, and `profile` predicts under the same names."""
@@ -66,10 +66,11 @@ def peak_bytes(run: Run) -> int | None:
 def memory_table(runs: Sequence[Run]) -> Table:
     """Bytes of one process by owner, predicted and measured, with the error where both mean the same."""
     rows: list[list[Any]] = []
-    notes = [
+    said: list[tuple[str, str]] = []
+    note = (
         "Each owner at its own highest; the peak is what is held at once. Predicted: for completions as long as "
         "allowed, so an upper bound for the peak."
-    ]
+    )
     for run in runs:
         found = predicted(run)
         held = [instant.held for instant in found.ledger.instants] if found.ledger else []
@@ -82,10 +83,11 @@ def memory_table(runs: Sequence[Run]) -> Table:
             whole = (
                 "" if comparable(run) else "; of the process with Python and its libraries, which no prediction counts"
             )
-            notes.append(f"{run.name}: peak on {run.memory.get('device')}, {method}{whole}")
-        notes += [f"{run.name}: predicted peak at {found.ledger.peak.name}"] if found.ledger else []
-        notes += [f"{run.name}: {remark}" for remark in found.remarks]
-    return Table("Memory of one process, bytes", ["run", "owner", "predicted", "measured", "error %"], rows, notes)
+            said.append((run.name, f"peak on {run.memory.get('device')}, {method}{whole}"))
+        said += [(run.name, f"predicted peak at {found.ledger.peak.name}")] if found.ledger else []
+        said += [(run.name, remark) for remark in found.remarks]
+    columns = ["run", "owner", "predicted", "measured", "error %"]
+    return Table("Memory of one process, bytes", columns, rows, [note, *notes(said)])
 
 
 def _row(name: str, owner: str, most: int | None, measured: int | None, same: bool = True) -> list[Any]:

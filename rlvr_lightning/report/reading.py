@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Run:
 
     name: str
     folder: Path
+    group: str = ""
+    """Runs that differ in the seed alone share it, and are drawn alike; of others the name."""
     curves: dict[str, Curve] = field(default_factory=dict)
     """Metric: [(batches of rollouts done, value), ...]; rising steps, each once; values may be NaN or infinite."""
     memory: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +42,9 @@ class Run:
     missing: list[str] = field(default_factory=list)
     """A sentence for everything that is not there, was unreadable or is not shown."""
 
+    def __post_init__(self) -> None:
+        self.group = self.group or self.name
+
     def last(self, metric: str) -> float | None:
         """The value at the end; None if it was not recorded."""
         return self.curves[metric][-1][1] if self.curves.get(metric) else None
@@ -52,6 +57,23 @@ class Run:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds any file of a run."""
     return any((folder / name).is_file() for name in FILES)
+
+
+def merged(said: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Each text once, with the names of the runs that it is said of.
+
+    >>> merged([("a", "no config"), ("b", "no config")])
+    {'no config': 'a, b'}
+    """
+    found: dict[str, str] = {}
+    for name, text in said:
+        found[text] = f"{found[text]}, {name}" if text in found else name
+    return found
+
+
+def notes(said: Iterable[tuple[str, str]]) -> list[str]:
+    """The same as lines."""
+    return [f"{names}: {text}" for text, names in merged(said).items()]
 
 
 def read_run(name: str, folder: Path) -> Run:

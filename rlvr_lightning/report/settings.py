@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from rlvr_lightning.profiling.table import Table
-from rlvr_lightning.report.reading import Run
+from rlvr_lightning.report.reading import Run, notes
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, str]:
@@ -37,7 +37,7 @@ def differences(runs: Sequence[Run]) -> Table:
         for name in names
         if len({found.get(name) for found in settings}) > 1
     ]
-    notes = [f"{run.name}: no config" for run in runs if not run.config]
+    said = notes((run.name, "no config") for run in runs if not run.config)
     if len(known) > 1 and not rows:
-        notes.append("The configs are the same.")
-    return Table("Settings that differ", ["setting", *(run.name for run in known)], rows, notes)
+        said.append("The configs are the same.")
+    return Table("Settings that differ", ["setting", *(run.name for run in known)], rows, said)
