@@ -1,4 +1,4 @@
-"""Who owns the tensors of a running GRPO module, told to an `AllocationCounter` under the names of `ledger.Held`.
+"""Who owns the tensors of a running GRPO module, told to a counter under the names of `ledger.Held`.
 
 Weights, reference, optimizer state and gradients are what the module holds; logits, keys and values, and casts of
 weights are what the functions make that are named below; all else belongs to the phase in which it was made.
@@ -16,8 +16,8 @@ from rlvr_lightning import compute
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.logprobs import _TokenLogprobs
 from rlvr_lightning.optim import SGD, bits, update
-from rlvr_lightning.profiling.allocations import AllocationCounter
 from rlvr_lightning.profiling.ledger import Ledger, of_phases
+from rlvr_lightning.profiling.sharding_counter import ShardingCounter
 from rlvr_lightning.rollout import hf
 from rlvr_lightning.rollout.attention import PromptPass
 from rlvr_lightning.rollout.cache import SharedCache
@@ -53,11 +53,12 @@ class Owners:
     """Watches one module; `counter` has the bytes."""
 
     def __init__(self) -> None:
-        self.counter = AllocationCounter("other", self._classify)
+        self.counter = ShardingCounter("other", self._classify)
         self.phase = ""
         self.peaks: dict[str, dict[str, int]] = {}
         """Phase -> bytes by owner when there were most in it, of the last step of several that held as much."""
         self._module: GRPO | None = None
+        self._parameters: list[Tensor] = []
         self._gradients: set[int] = set()
 
     @contextmanager
@@ -68,10 +69,10 @@ class Owners:
         try:
             with ExitStack() as stack:
                 for place, name, owner in MAKERS:
-                    stack.enter_context(_replaced(place, name, self._making(owner)))
+                    stack.enter_context(replaced(place, name, self._making(owner)))
                 for place, name, owner in RESULTS:
-                    stack.enter_context(_replaced(place, name, self._giving(owner)))
-                stack.enter_context(_replaced(PromptPass, "attend", self._reading))
+                    stack.enter_context(replaced(place, name, self._giving(owner)))
+                stack.enter_context(replaced(PromptPass, "attend", self._reading))
                 self.own()
                 self.counter.reset_peak()
                 stack.enter_context(self.counter)
@@ -85,7 +86,7 @@ class Owners:
         self._note()
         self.own()
         self.counter.reset_peak()
-        self.phase = phase
+        self.phase = self.counter.phase = phase
         self.counter.relabel(PHASES.get(phase, "other"))
 
     def own(self) -> None:
@@ -93,7 +94,8 @@ class Owners:
         module = self._module
         if module is None or module.policy is None:
             return
-        parameters = list(module.policy.parameters())
+        # those of the first time: while FSDP has gathered a layer, it puts whole tensors in the place of shards
+        self._parameters = parameters = self._parameters or list(module.policy.parameters())
         self._gradients = {p.nbytes for p in parameters if p.requires_grad and p.nbytes > SMALL_BYTES}
         self.counter.own("weights", parameters)
         if module.reference is not None:
@@ -153,7 +155,8 @@ class Owners:
 
 
 @contextmanager
-def _replaced(place: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(place: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """In here `place.name` is what `wrap` makes of it."""
     before = vars(place)[name]
     static = isinstance(before, staticmethod)
     wrapped = wrap(before.__func__ if static else before)

@@ -1,8 +1,7 @@
 """One process's share of a sharded model, and what it receives in a step; `bench_scaling` starts and tabulates it.
 
 `real` runs GRPO in as many processes as torchrun started, over gloo. `simulate` runs the first of any number of them
-on fake tensors and a fake group: the sharding, the gathering and the optimizer are the real ones, the numbers are not
-there.
+that do not exist, on shapes (`profiling/simulate.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +13,12 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,14 +28,16 @@ from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
-from rlvr_lightning.optim import SGD, update
+from rlvr_lightning.optim import SGD
 from rlvr_lightning.policy import TINY, Policy
 from rlvr_lightning.profiling.memory_worker import Lines
+from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.sharding_counter import GATHERED, REDUCING, ShardingCounter
+from rlvr_lightning.profiling.simulate import step
 from rlvr_lightning.profiling.traffic import Shapes
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sample, Sampling
-from rlvr_lightning.strategy import AXES, Sharded, decoder_layers, fully_shard_layers, layout_of
+from rlvr_lightning.strategy import Sharded, decoder_layers
 
 SHAPES: dict[str, dict[str, Any]] = {  # from the config.json of each model
     "tiny": json.loads((TINY / "config.json").read_text()),
@@ -122,7 +120,7 @@ class Counted(GRPO):
 
     def _phase(self, name: str) -> None:
         super()._phase(name)
-        self.counter.relabel(name or "other")
+        self.counter.phase = name
 
 
 def gradient_bytes(policy: nn.Module) -> int:
@@ -244,68 +242,31 @@ def unit_shapes(model: str) -> list[Shapes]:
     return [[tuple(p.shape) for p in unit] for unit in (*layers, rest)]
 
 
-@contextmanager
-def fake_processes(count: int) -> Iterator[Any]:
-    """This process as the first of many that do not exist; the mesh of them all."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    try:
-        yield dist.init_device_mesh("cpu", (1, count, 1), mesh_dim_names=AXES)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def whole_tensors() -> Iterator[None]:
-    """Let our SGD step tensors at once: chunks spare caches, and there is nothing to put into them."""
-    size = update.CHUNK_ENTRIES["cpu"]
-    update.CHUNK_ENTRIES["cpu"] = 1 << 62
-    try:
-        yield
-    finally:
-        update.CHUNK_ENTRIES["cpu"] = size
-
-
 def simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
-    """What `real` finds in the first process, which has most, from one step on fake tensors.
+    """What `real` finds in the first process, which has most, from a step without numbers.
 
     Args:
         case: as for `real`.
         processes: any number; 1 is not sharded.
     """
-    with ThreadPoolExecutor(1) as thread:  # `heap.scratch` keeps buffers for each thread, and these would be fake
-        return thread.submit(_simulate, case, processes).result()
-
-
-def _simulate(case: dict[str, Any], processes: int) -> dict[str, Any]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    counter = ShardingCounter()
-    with ExitStack() as stack:
-        mesh = stack.enter_context(fake_processes(processes))
-        layout = layout_of(mesh, torch.device("cpu"), case["rollout"])
-        stack.enter_context(whole_tensors())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        policy = bare(case["model"], getattr(torch, case["weights"]))
-        runner = None
-        if processes > 1:
-            strategy = Sharded(reduce_dtype=case["reduce"])
-            fully_shard_layers(policy, mesh, getattr(torch, case["compute"]), strategy)
-            runner = layout.runner(policy)
-        reference = [local_part(p).clone() for p in policy.parameters()]
-        optimizer = OPTIMIZERS[case["optimizer"]](policy.parameters())
-        ids = torch.zeros(1, TOKENS, dtype=torch.long)
-        with counter:
-            if runner is not None:
-                with counter.label("rollout"), torch.no_grad(), runner.session():
-                    runner.logits(input_ids=ids)
-            with counter.label("forward"):
-                loss = policy.logits(input_ids=ids).float().sum()
-            with counter.label("backward"):
-                loss.backward()
-            optimizer.step()
-        sizes = shares(policy, optimizer, reference, gradient_bytes(policy), counter)
+    run = Run(
+        optimizer={"sgd": "sgd_split"}.get(case["optimizer"], case["optimizer"]),
+        dtype=case["weights"],
+        compute_dtype=case["compute"],
+        reduce_dtype=case["reduce"],
+        rollout=case["rollout"],
+        shard=processes,
+        reference="copy",
+        group_size=GROUP,
+        micro_batch=GROUP,
+        prompt_tokens=TOKENS,
+        max_tokens=TOKENS,
+    )
+    module, owners = step(SHAPES[case["model"]], run)
+    assert module.reference is not None
+    reference = [kept for kept in module.reference._kept.values() if isinstance(kept, Tensor)]
+    gradients = owners.peaks["optimizer"]["gradients"]
+    sizes = shares(module.policy, module.trainer.optimizers[0], reference, gradients, owners.counter)
     return case | {"processes": processes, "how": "simulated", "bytes": sizes}
 
 

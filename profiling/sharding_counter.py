@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -15,23 +16,25 @@ GATHERED, REDUCING = "gathered", "reducing"
 
 
 class ShardingCounter(AllocationCounter):
-    """Counts bytes by owner, and bytes that a process receives, both by label.
+    """Counts bytes by owner, and bytes that a process receives, both by phase.
 
     Owners that it finds by itself: `gathered`, weights of all processes and the buffers they arrive in; `reducing`,
     gradients of whole layers on the way to their shards, and the buffers they leave from.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, default: str = "other", classify: Callable[[str, int], str] | None = None) -> None:
+        super().__init__(default, classify)
+        self.phase = ""
+        """Of the step, as whoever counts it says."""
         self.most: Counter[tuple[str, str]] = Counter()
-        """(label, owner) -> the most bytes that the owner had at once, of `gathered` and `reducing`."""
+        """(phase, owner) -> the most bytes that the owner had at once, of `gathered` and `reducing`."""
         self.traffic: Counter[tuple[str, str]] = Counter()
-        """(label, collective) -> bytes received by this process; see `received_bytes`."""
+        """(phase, collective) -> bytes received by this process; see `received_bytes`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; look at those of FSDP and of process groups."""
         if func.namespace == "c10d":
-            self.traffic[self._label, func._opname] += received_bytes(func._opname, args)
+            self.traffic[self.phase, func._opname] += received_bytes(func._opname, args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace == "fsdp":
             given = (kwargs or {}).get("out", [])
@@ -41,8 +44,8 @@ class ShardingCounter(AllocationCounter):
                 self.own(GATHERED, [args[0] if given else args[1], *given])
         for owner in (GATHERED, REDUCING):
             held = self._by_owner[owner]
-            if held > self.most[self._label, owner]:
-                self.most[self._label, owner] = held
+            if held > self.most[self.phase, owner]:
+                self.most[self.phase, owner] = held
         return out
 
 

@@ -36,9 +36,10 @@ def scratch(use: str, entries: int, dtype: torch.dtype) -> Tensor:
 
     For temporaries of loops over chunks, which would grow the heap for the reason above and cost page faults.
     """
-    if torch._guards.active_fake_mode() is not None:  # a dry run: fake memory must not serve real work later
+    mode = torch._guards.active_fake_mode()  # fake memory must not serve real work later: kept by the mode, if at all
+    buffers: dict[Any, Tensor] | None = _buffers.__dict__ if mode is None else getattr(mode, "scratch", None)
+    if buffers is None:
         return torch.empty(entries, dtype=dtype)
-    buffers: dict[Any, Tensor] = _buffers.__dict__
     buffer = buffers.get((use, dtype))
     if buffer is None or len(buffer) < entries:
         with torch.inference_mode(False):  # a buffer made during validation must serve training, too
