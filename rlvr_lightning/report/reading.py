@@ -212,12 +212,12 @@ def _resumed_from(run: Run) -> Path | None:
     path = run.config.get("ckpt_path")
     if not isinstance(path, str) or not path.endswith(".ckpt"):
         return None
-    where = Path(path)
-    if not where.is_absolute():  # to where the command was typed: above runs/NAME/version_K
-        beginnings = [above / where for above in (Path(), *run.folder.resolve().parents)]
-        where = next((found for found in beginnings if found.exists()), where)
-    holder = where.parent
-    return holder.parent if holder.name == "checkpoints" else holder
+    holder = Path(path).parent
+    folder = holder.parent if holder.name == "checkpoints" else holder
+    beginnings = [above / folder for above in (Path(), *run.folder.resolve().parents)]
+    return next(
+        filter(is_run, beginnings), folder
+    )  # relative to where the command was typed: above runs/NAME/version_K
 
 
 def _prepend(run: Run, earlier: Run) -> None:
