@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ActionYesNo, set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -23,6 +23,7 @@ from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 from rlvr_lightning.grpo import GRPO
+from rlvr_lightning.profiling.timeline import MemoryTimeline, parse_steps
 from rlvr_lightning.strategy import Sharded
 
 RUNS = "runs"
@@ -113,6 +114,15 @@ class RLVRCLI(LightningCLI):
             default=False,
             help="Say what each process would hold, the layout and the first prompts, and stop; needs no GPU.",
         )
+        parser.add_argument(
+            "--profile_memory",
+            type=str,
+            nargs="?",
+            const="2",
+            default=None,
+            metavar="STEPS",
+            help="Show who holds what over the allocations of these steps, such as 2 (without a value) or 1,5.",
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would load the whole checkpoint here, with torch, for settings that ours do not hold."""
@@ -133,9 +143,12 @@ class RLVRCLI(LightningCLI):
             return super().instantiate_trainer(**planned(config))
         if config.get("logger") in (None, True):
             kwargs["logger"] = default_loggers(self.run_name)
+        more: list[Callback] = []
         if config.get("enable_progress_bar") is not False:
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), callbacks.ShortProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+            more.append(callbacks.ShortProgressBar())
+        if steps := self._get(self.config_init, "profile_memory"):
+            more.append(MemoryTimeline(parse_steps(steps)))
+        return super().instantiate_trainer(**kwargs, callbacks=[*(config.get("callbacks") or []), *more])
 
     def before_fit(self) -> None:
         """The measure that the curve starts from."""
