@@ -5,6 +5,7 @@ profile --config sgd.yaml                      this run by owner; overrides as f
 profile --model qwen3-8b --optimizer adamw     a model without a config; a packaged name or a folder
 profile --config sgd.yaml --compare sgd,adamw  optimizers or configs beside each other
 profile --config sgd.yaml --fit-into 24GiB     the largest batches, or what to change
+profile --config sgd.yaml --simulate           its own step traced without weights or a GPU, beside the prediction
 profile --config sgd.yaml --measure            two real steps of it here, beside the prediction
 """
 
@@ -22,6 +23,7 @@ from rlvr_lightning.profiling.find_model import find_model
 from rlvr_lightning.profiling.fit_into import fit, parse_size, sentence
 from rlvr_lightning.profiling.optimizer_bytes import RULES
 from rlvr_lightning.profiling.overview import compare, detail, overview
+from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.run_config import model_of, read_config, run_of
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.table import FORMATS, Table, render
@@ -53,6 +55,7 @@ def parser() -> Parser:
         "--compare", help="optimizers or configs, with commas between them; savings are against the first"
     )
     made.add_argument("--fit-into", metavar="SIZE", help="of a GPU, such as 24GiB")
+    made.add_argument("--simulate", action="store_true", help="trace its step without numbers: a minute or two for 8 B")
     made.add_argument("--measure", action="store_true", help="run two steps of the config, as large as they can be")
     made.add_argument("--limit", metavar="SIZE", help="of --measure: memory that the run may take, libraries apart")
     made.add_argument("--format", default="console", choices=FORMATS)
@@ -118,8 +121,15 @@ def measured(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     if args.out and args.out.suffix != ".json":
         raise ValueError(f"--out: --measure writes a JSON record, so the name must end in .json, got {args.out}")
     limit_bytes = parse_size(args.limit, "--limit") if args.limit else 0
-    simulated = getattr(args, "simulate", False)
-    return measure.main(args.config, overrides, limit_bytes, simulated, args.out, args.format)
+    return measure.main(args.config, overrides, limit_bytes, args.simulate, args.out, args.format)
+
+
+def simulated(shape: Mapping[str, Any], run: Run) -> list[Table]:
+    """Prediction and simulation beside each other: imports torch."""
+    from rlvr_lightning.profiling.measure import compared
+    from rlvr_lightning.profiling.simulate import simulate
+
+    return compared({"predicted": predict(shape, run), "simulated": simulate(shape, run)})
 
 
 def tables(args: argparse.Namespace, overrides: Sequence[str]) -> list[Table]:
@@ -133,11 +143,13 @@ def tables(args: argparse.Namespace, overrides: Sequence[str]) -> list[Table]:
     limit_bytes = parse_size(args.fit_into) if args.fit_into else 0
     one = bool(args.config or args.model)
     if not one and not args.compare:
-        if limit_bytes or args.optimizer or args.dtype or args.gpus:
+        if limit_bytes or args.optimizer or args.dtype or args.gpus or args.simulate:
             raise ValueError("these options are of one run: add --config or --model")
         return overview()
     base, remarks = chosen(args, overrides) if one else (None, [])
     if args.compare:
+        if args.simulate:
+            raise ValueError("--simulate is of one run; leave out --compare, or call it for each")
         return compared(args.compare, base, args)
     assert base is not None
     name, shape, run = base
@@ -145,7 +157,7 @@ def tables(args: argparse.Namespace, overrides: Sequence[str]) -> list[Table]:
         found = fit(shape, run, limit_bytes)
         remarks += sentence(found, run, limit_bytes)
         run = found.run if found else run
-    return detail(name, shape, run, remarks)
+    return [*detail(name, shape, run, remarks), *(simulated(shape, run) if args.simulate else [])]
 
 
 def main(argv: list[str]) -> int:

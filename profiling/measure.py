@@ -142,10 +142,12 @@ def said_of(found: Mapping[str, Any], limit_bytes: int) -> str:
 
 
 def compared(ledgers: Compared) -> list[Table]:
-    """Bytes by owner at the fullest moment of each phase, predicted and measured, with the error."""
-    small = max(ledger.peak_bytes for ledger in ledgers.values()) < 2**30
+    """Bytes by owner at the fullest moment of each phase, with errors: against what was measured, else simulated."""
+    small = max(ledger.peak_bytes - ledger.peak.held.overhead for ledger in ledgers.values()) < 2**30
     unit, per = ("MiB", 2**20) if small else ("GiB", 2**30)
-    errors = [f"{name}, error %" for name in ledgers if name != "measured"] if "measured" in ledgers else []
+    against = _against(list(ledgers))
+    what = "error %" if against == "measured" else f"% off {against}"
+    errors = [f"{name}, {what}" for name in ledgers if name != against] if against else []
     columns = [unit, *ledgers, *errors]
     tables = []
     for phase in PHASES:
@@ -157,6 +159,13 @@ def compared(ledgers: Compared) -> list[Table]:
     return tables
 
 
+def _against(names: Sequence[str]) -> str:
+    """What the others are held against; '' if they are not."""
+    if "measured" in names:
+        return "measured"
+    return "simulated" if "simulated" in names and "reached" not in names else ""
+
+
 def most(ledger: Ledger, phase: str) -> Held:
     """Who holds what at the fullest instant of a phase; nothing where it has none."""
     held = [instant.held for instant in ledger.instants if instant.phase == phase]
@@ -164,10 +173,10 @@ def most(ledger: Ledger, phase: str) -> Held:
 
 
 def _row(label: str, sizes: Sequence[int], per: int, names: Sequence[str]) -> list[Any]:
-    if "measured" not in names:
+    if not (against := _against(names)):
         return [label, *(size / per for size in sizes)]
-    real = sizes[names.index("measured")]
-    others = [size for size, name in zip(sizes, names, strict=True) if name != "measured"]
+    real = sizes[names.index(against)]
+    others = [size for size, name in zip(sizes, names, strict=True) if name != against]
     shown = max(sizes) / per >= 0.1  # of less, a percentage means nothing
     errors = [100 * (size / real - 1) if real and shown else None for size in others]
     return [label, *(size / per for size in sizes), *errors]
