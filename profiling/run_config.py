@@ -40,10 +40,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"--config: {path} holds no settings")
     words = [part for word in overrides for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if len(words) % 2:
-        raise ValueError(f"profile: {words[-1]} has no value; give it as {words[-1]} VALUE")
+        raise ValueError(f"{words[-1]} has no value; give it as {words[-1]} VALUE")
     for name, value in zip(words[::2], words[1::2], strict=True):
         if not name.startswith("--") or "." not in name:
-            raise ValueError(f"profile: unknown option {name}; see --help")
+            raise ValueError(f"unknown option {name}; see --help")
         _set(config, name.removeprefix("--").split("."), yaml.load(value, Loader))
     return config
 

@@ -16,6 +16,7 @@ COMMANDS = {
         "rlvr_lightning.profiling.command",
         "how much memory a run will take: a table, --config NAME or --model NAME",
     ),
+    "reward": ("rlvr_lightning.reward_command", "what a config's rewards give for a file of completions, and why"),
     "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
     "report": (
         "rlvr_lightning.report.command",

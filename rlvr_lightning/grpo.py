@@ -49,7 +49,7 @@ from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import Rollouts, Sampling, one_token
-from rlvr_lightning.scoring import Scorer, describe
+from rlvr_lightning.scoring import Scorer, describe, no_signal
 from rlvr_lightning.seeds import derive_seed
 from rlvr_lightning.strategy import Layout, build_policy
 from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer, sharing
@@ -203,6 +203,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         rollouts, scores, seconds = self.rollout(records)
         self._log_scores(rollouts, scores)
         experience = self.judge(rollouts, scores, records)
+        if self.rollout_step == 0 and not self.ranks.any(bool(has_signal(scores.total, self.group_size).any())):
+            rank_zero_warn(no_signal(self.last_samples, self.group_size))
         learning = time.perf_counter()
         self.learn(experience)
         self._phase("")

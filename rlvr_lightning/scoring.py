@@ -13,6 +13,7 @@ from rlvr_lightning.rewards.score import Scores, score
 from rlvr_lightning.schema import Rollouts, Sample
 
 Record = dict[str, Any]
+SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,23 @@ def describe(samples: list[Sample], scores: Scores, advantages: Tensor, step: in
             "parts": {name: float(part[r]) for name, part in scores.parts.items()},
             "advantage": float(advantages[r]),
             "truncated": sample.truncated,
+            "record": {name: value for name, value in sample.record.items() if name not in ("prompt", "prompt_ids")},
         }
         for r, sample in enumerate(samples)
     ]
+
+
+def no_signal(told: list[Record], group: int) -> str:
+    """What to say of a batch (see `describe`) in which no group has two different rewards, with examples."""
+    rewards = sorted({sample["reward"] for sample in told})
+    all_alike = f"all are {rewards[0]:g}" if len(rewards) == 1 else "they differ between prompts only"
+    lines = [
+        f"no signal: in each of {len(told) // group} groups the rewards are equal ({all_alike}): there is nothing to "
+        "learn from. Look at the rewards, the stop strings, sampling.max_tokens and how hard the problems are; "
+        "`python -m rlvr_lightning reward` says why a completion earns what it does. Some of them:"
+    ]
+    for sample in told[:: max(group, len(told) // SHOWN)][:SHOWN]:
+        cut = ", cut at the limit" if sample["truncated"] else ""
+        ends = f"{sample['prompt'][-60:]!r} -> {sample['completion'][-120:]!r}"
+        lines.append(f"  reward {sample['reward']:g}{cut}: {ends}")
+    return "\n".join(lines)

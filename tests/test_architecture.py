@@ -39,6 +39,7 @@ FLOORS = [
         "dry_run",
         "export",
         "replay",
+        "reward_command",
         "delta_command",
         "records",
         "tables",

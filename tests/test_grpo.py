@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -190,6 +191,16 @@ def test_skipping_groups_without_signal_changes_no_gradient(folder: str, tmp_pat
     kept = gradients(folder, tmp_path, objective=Objective(kl_coef=1e-12))
     for a, b in zip(skipped, kept, strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-3)
+
+
+def test_a_first_batch_without_signal_is_shown_once(folder: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module(folder, rewards={"one": Constant()}), tmp_path / "dull", steps=2)
+        fit(module(folder), tmp_path / "lively", steps=2)
+    told = [str(warning.message) for warning in caught if "no signal" in str(warning.message)]
+    assert len(told) == 1 and "in each of 6 groups the rewards are equal (all are 1)" in told[0]
+    assert told[0].count("  reward 1") == 3, "examples"
 
 
 def test_all_equal_rewards_cost_no_forward_and_move_nothing(folder: str, tmp_path: Path) -> None:

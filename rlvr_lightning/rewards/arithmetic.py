@@ -38,6 +38,12 @@ class FinalAnswer(Reward):
         """1.0 or 0.0 for each sample; KeyError if a record has no answer."""
         return [float(self._right(sample)) for sample in samples]
 
+    def explain(self, sample: Sample) -> str:
+        """What the text ends with."""
+        _, found, tail = sample.text.rpartition(self.marker)
+        cut = ", and the text is cut" if sample.truncated else ""
+        return f"{tail if found else None!r:.60} after {self.marker!r}, right is {sample.record[self.field]!r}{cut}"
+
     def _right(self, sample: Sample) -> bool:
         expected = int(sample.record[self.field])
         _, found, tail = sample.text.rpartition(self.marker)

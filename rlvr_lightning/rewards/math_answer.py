@@ -3,10 +3,11 @@ r"""Mathematical answers, boxed or stated, compared by the package math-verify i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from rlvr_lightning.rewards.base import Reward
-from rlvr_lightning.rewards.math_text import gold_text, last_boxed, plain, rational, stated_answer, words, worth_asking
+from rlvr_lightning.rewards.extract import Extract, answer_of, check_extract
+from rlvr_lightning.rewards.math_text import bare, gold_text, plain, rational, words, worth_asking
 from rlvr_lightning.rewards.math_verifier import Question, Verifier, require_math_verify
 from rlvr_lightning.schema import Sample
 
@@ -31,8 +32,7 @@ class MathAnswer(Reward):
     Args:
         field: key of the right answer in the data record.
         time_limit_s: for one comparison; then its process is replaced and the answer is wrong.
-        extract: `boxed`, the last \boxed{} alone; or `stated`, where there is no box, what follows the last "answer
-            is", "Answer:" or "####" on its line.
+        extract: where the answer is, see `extract_answer`.
         workers: processes that compare; null is one for each core.
 
     Raises:
@@ -43,15 +43,16 @@ class MathAnswer(Reward):
         self,
         field: str = "answer",
         time_limit_s: float = 5.0,
-        extract: Literal["boxed", "stated"] = "boxed",
+        extract: Extract = "boxed",
         workers: int | None = None,
     ) -> None:
         if time_limit_s <= 0:
             raise ValueError(f"time_limit_s must be positive, got {time_limit_s}")
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, or null for one for each core, got {workers}")
+        check_extract(extract)
         require_math_verify()
-        self.field, self.extract = field, last_boxed if extract == "boxed" else stated_answer
+        self.field, self.extract = field, extract
         self.verifier = Verifier(time_limit_s, workers)
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
@@ -65,7 +66,7 @@ class MathAnswer(Reward):
 
     def judge(self, samples: Sequence[Sample]) -> list[tuple[str | None, str]]:
         """The answer of each sample, and one of `WHY` or that there is none."""
-        answers = [self.extract(sample.text) for sample in samples]
+        answers = [bare(answer_of(sample, self.extract) or "") for sample in samples]
         pairs = [
             [(gold, plain(answer)) for gold in golds] if answer is not None else []
             for golds, answer in zip(self._golds(samples), answers, strict=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +72,9 @@ def score(
     total = torch.zeros(len(samples), dtype=torch.float32)
     parts: dict[str, Tensor] = {}
     failures: dict[str, dict[int, str]] = {}
-    for name, reward in rewards.items():
-        values, failures[name] = judge(reward, samples)
+    with ThreadPoolExecutor(len(rewards), "reward") as threads:
+        judged = threads.map(lambda reward: judge(reward, samples), rewards.values())
+    for name, (values, failures[name]) in zip(rewards, judged, strict=True):
         parts[name] = torch.tensor(values, dtype=torch.float32)
         total += weights.get(name, 1.0) * parts[name]
     if failures_file is not None and any(failures.values()):
@@ -108,13 +112,20 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> tuple[list[float], dict[
 
 def call(reward: Reward, samples: Sequence[Sample]) -> list[float]:
     """The reward's numbers; ValueError if they are not one finite number for each sample."""
-    values = [float(value) for value in reward(samples)]
+    said = reward(samples)
+    if inspect.isawaitable(said):
+        said = asyncio.run(_awaited(said))  # in a thread of its own, where no loop runs
+    values = [float(value) for value in said]
     if len(values) != len(samples):
         raise ValueError(f"{type(reward).__name__} returned {len(values)} numbers for {len(samples)} completions")
     for value in values:
         if not math.isfinite(value) or abs(value) > torch.finfo(torch.float32).max:
             raise ValueError(f"{type(reward).__name__} returned {value}, which is not a finite float32")
     return values
+
+
+async def _awaited(said: Awaitable[Sequence[float]]) -> Sequence[float]:
+    return await said
 
 
 def record_failures(failures: Mapping[str, Mapping[int, str]], samples: Sequence[Sample], file: Path) -> None:

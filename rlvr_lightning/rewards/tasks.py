@@ -1,4 +1,4 @@
-"""The reward of the few-shot problems: the answer, the whole answer and nothing else on the line."""
+"""The reward of the few-shot problems and of any task of reasoning-gym: the answer and nothing else."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rewards.extract import Extract, answer_of, check_extract
 from rlvr_lightning.schema import Sample
 
 
 class TaskReward(Reward):
-    r"""1 if the first line of the completion is the right answer, else 0.
+    r"""1 if the answer is right, else 0; problems of reasoning-gym are judged by the gym's own scorer.
 
-    A problem of reasoning-gym (its record holds the gym's `entry`) is judged by the gym's own scorer, and counts when
-    that gives full marks: its partial credit for an answer among other text would reward listing answers. Any other
-    answer must match exactly, but for white space around it. A completion cut by the length limit earns 0.
+    Such a problem's record holds the gym's `entry`; it counts when its scorer gives full marks, because partial credit
+    for an answer among other text would reward listing answers. Any other answer must match exactly, but for white
+    space around it. A completion cut by the length limit earns 0, unless the answer's closing brace or tag is there.
+
+    Args:
+        extract: where the answer is, see `extract_answer`.
+        partial: take the gym's marks between 0 and 1 as they are.
 
     Raises:
         ValueError: (on scoring a problem of it) the package reasoning-gym is missing.
@@ -25,21 +30,29 @@ class TaskReward(Reward):
         [1.0, 0.0, 0.0]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, extract: Extract = "first_line", partial: bool = False) -> None:
+        check_extract(extract)
+        self.extract, self.partial = extract, partial
         self._scorers: dict[str, Callable[[str, Mapping[str, Any]], float]] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """1.0 or 0.0 for each sample; KeyError if a record has no answer."""
-        return [float(self._right(sample)) for sample in samples]
+        """From 0.0 to 1.0 for each sample; KeyError if a record has no answer."""
+        marks = [self._marks(sample) for sample in samples]
+        return marks if self.partial else [float(mark >= 1.0) for mark in marks]
 
-    def _right(self, sample: Sample) -> bool:
-        answer = sample.text.split("\n", 1)[0].strip()
-        if sample.truncated or not answer:
-            return False
+    def explain(self, sample: Sample) -> str:
+        """What was judged."""
+        entry = sample.record.get("entry") or sample.record
+        return f"{answer_of(sample, self.extract)!r:.60} gets {self._marks(sample):g}; right is {entry['answer']!r:.60}"
+
+    def _marks(self, sample: Sample) -> float:
+        answer = answer_of(sample, self.extract)
+        if answer is None:
+            return 0.0
         entry = sample.record.get("entry")
         if entry is None:
-            return answer == str(sample.record["answer"])
-        return self._scorer(entry["metadata"]["source_dataset"])(answer, entry) >= 1.0
+            return float(answer == str(sample.record["answer"]))
+        return float(self._scorer(entry["metadata"]["source_dataset"])(answer, entry))
 
     def _scorer(self, dataset: str) -> Callable[[str, Mapping[str, Any]], float]:
         if dataset not in self._scorers:
@@ -47,7 +60,7 @@ class TaskReward(Reward):
         return self._scorers[dataset]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_scorers": {}}  # found again when needed
+        return self.__dict__ | {"_scorers": {}}  # found again when needed
 
 
 def reasoning_gym() -> Any:
