@@ -23,7 +23,7 @@ from rlvr_lightning.report.command import main, write
 from rlvr_lightning.report.document import document, samples
 from rlvr_lightning.report.figures import charts
 from rlvr_lightning.report.finding import find_runs
-from rlvr_lightning.report.memory import memory_table
+from rlvr_lightning.report.memory import memory_table, predicted
 from rlvr_lightning.report.reading import FILES, Run, read_run
 from rlvr_lightning.report.settings import differences
 
@@ -194,6 +194,21 @@ def test_predicted_bytes_are_the_measured_ones(root: Path) -> None:
     peaks = [row for row in table.rows if row[1] == "peak"]
     assert all(row[3] > row[2] > 0 and row[4] is None for row in peaks)  # a whole process is no sum of tensors
     assert any("which no prediction counts" in note for note in table.notes)
+
+
+def test_on_a_gpu_the_peak_is_compared(root: Path) -> None:
+    """The allocator's peak, as GPUMemory writes it, means what the predicted one does."""
+    (run,) = find_runs([root / "adamw"])
+    run.memory |= {"device": "a GPU", "method": "torch.cuda.max_memory_allocated, reset at each phase"}
+    ledger = predicted(run).ledger
+    assert ledger is not None
+    run.memory["peak_bytes"] = ledger.peak_bytes * 4 // 5
+    peak = next(row for row in memory_table([run]).rows if row[1] == "peak")
+    assert peak[2] == ledger.peak_bytes
+    assert peak[4] == pytest.approx(25, abs=1e-3)
+    (line,) = [t for chart in charts("Memory", [run]) for t in chart.figure.data if "predicted" in t.name]
+    assert list(line.x) == [1, 3]
+    assert set(line.y) == {ledger.peak_bytes / 2**20}
 
 
 def test_settings_that_differ(root: Path) -> None:

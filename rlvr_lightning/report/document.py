@@ -76,6 +76,10 @@ def _ends(run: Run, metric: str) -> list[str]:
     return [number(curve[0][1]), number(curve[-1][1])] if curve else ["-", "-"]
 
 
+def _from_to(run: Run, metric: str) -> str | None:
+    return " to ".join(_ends(run, metric)[: len(run.curves.get(metric, []))]) or None
+
+
 def summary(runs: Sequence[Run]) -> Table:
     """One row a run."""
     shown = [name for name in ("reward/mean", *validation(runs)) if any(name in run.curves for run in runs)]
@@ -89,7 +93,7 @@ def summary(runs: Sequence[Run]) -> Table:
             [
                 run.name,
                 max(steps, default=None),
-                *(" to ".join(_ends(run, name)) if run.curves.get(name) else None for name in shown),
+                *(_from_to(run, name) for name in shown),
                 None if peak is None else gib(peak),
                 None if state is None else int(state),
                 share(run.sparsity[-1].get("total") if run.sparsity else None, "bf16"),

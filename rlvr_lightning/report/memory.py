@@ -11,6 +11,7 @@ from rlvr_lightning.profiling.find_model import find_model
 from rlvr_lightning.profiling.ledger import Ledger
 from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.run_config import model_of, run_of
+from rlvr_lightning.profiling.settings import Run as Settings
 from rlvr_lightning.profiling.table import Table
 from rlvr_lightning.report.reading import Run, notes
 
@@ -38,9 +39,20 @@ def predicted(run: Run) -> Prediction:
     try:
         settings, remarks = run_of(config, ranks if isinstance(ranks, int) and ranks > 1 else None)
         shape, remark = find_model(model_of(config))
-        return Prediction(predict(shape, settings), tuple(filter(None, [*remarks, remark])))
+        remarks = [*remarks, remark, *_assumed(settings)]
+        return Prediction(predict(shape, settings), tuple(filter(None, remarks)))
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # a config may hold anything
-        return Prediction(None, (f"no prediction: {' '.join(str(error).split())}",))
+        return Prediction(None, (f"no prediction: {' '.join(str(error).split()).removeprefix('--config: ')}",))
+
+
+def _assumed(settings: Settings) -> list[str]:
+    """Why predicted and measured bytes of these settings may differ."""
+    said = []
+    if settings.reference == "delta" and settings.dtype == "bfloat16":
+        said.append(f"reference: predicted for {settings.changed_frac:.0%} of the weights changed")
+    if settings.gradient_release:
+        said.append("gradients: released as they come; measured is what is left of them before the step")
+    return said
 
 
 def measured_peak(run: Run, owner: str) -> int | None:
