@@ -32,11 +32,11 @@ from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -48,7 +48,7 @@ from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY, LoRA
 from rlvr_lightning.profiling.ledger import Ledger
 from rlvr_lightning.profiling.memory_worker import LengthParity, Shaped
-from rlvr_lightning.profiling.owners import Owners
+from rlvr_lightning.profiling.owners import Owners, replaced
 from rlvr_lightning.profiling.parameters import COUNTED
 from rlvr_lightning.profiling.predict import CUDA_OVERHEAD
 from rlvr_lightning.profiling.settings import Run
@@ -77,10 +77,6 @@ class Simulated(Shaped):
 
     run: Run
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Simulated:
-        """Nothing moves: a shape is where it is."""
-        return self
-
     def configure_optimizers(self) -> Any:
         """A reference that has changed as much as the settings say: which entries a step changes is in its numbers."""
         configured = super().configure_optimizers()
@@ -105,6 +101,11 @@ class Simulated(Shaped):
         rollouts = longest_rollouts(len(records), run)
         rewards = [float(k % 2) for k in range(len(rollouts.truncated))]
         return rollouts, Scores(total=torch.tensor(rewards), parts={}, failed=0), {}
+
+
+def _where_it_is(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Nothing moves: a shape has no place, and adapters are made in their dtype."""
+    return module
 
 
 def _changed(kept: TensorDelta, changed_frac: float) -> TensorDelta:
@@ -155,13 +156,15 @@ def _step(config: Mapping[str, Any], run: Run) -> tuple[Simulated, Owners]:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        _write(folder, config)
+        write_model(folder, config)
         stack.enter_context(fake_processes(run.processes))
         stack.enter_context(memory_of(run.device))
-        module, trainer = _module(folder, run), _trainer(run)
+        module, trainer = module_of(Simulated, folder, run), trainer_of(run)
+        module.run = run
         prompts = ceil(min(run.step_completions or run.micro_batch, 2 * run.micro_batch) / run.group_size)
         record: Any = {"prompt": "", "prompt_ids": [0], "index": 0}
         batches = [[record] * n * run.shard * run.replicate for n in (1, prompts)]
+        stack.enter_context(replaced(nn.Module, "_apply", lambda _: _where_it_is))
         stack.enter_context(WithoutNumbers(scratch=run.device == "cpu"))
         stack.enter_context(owners.watching(module))
         try:
@@ -174,18 +177,22 @@ def _step(config: Mapping[str, Any], run: Run) -> tuple[Simulated, Owners]:
     return module, owners
 
 
-def _write(folder: Path, config: Mapping[str, Any]) -> None:
+def write_model(folder: Path, config: Mapping[str, Any]) -> None:
     """A config, and a tokenizer of which only the existence matters."""
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != COUNTED}))
     for file in TINY.glob("tokenizer*"):
         shutil.copy(file, folder)
 
 
-def _module(folder: Path, run: Run) -> Simulated:
+Kind = TypeVar("Kind", bound=Shaped)
+
+
+def module_of(kind: type[Kind], folder: Path, run: Run) -> Kind:
+    """A module with the settings of a run, of a folder's model."""
     make, clip = OPTIMIZERS[run.optimizer], "two_pass" if run.two_pass else "delayed"
     ours = run.optimizer.startswith("sgd_")
     reference = "copy" if run.changed_frac > 0.2 else run.reference
-    module = Simulated(
+    return kind(
         str(folder),
         {"parity": LengthParity()},
         partial(make, lr=1e-3) if ours else partial(make, lr=1e-3, foreach=run.device == "cuda"),
@@ -200,11 +207,10 @@ def _module(folder: Path, run: Run) -> Simulated:
         gradient_release=GradientRelease(clip=clip) if run.gradient_release else None,  # type: ignore[arg-type]
         activation_checkpointing=run.activation_checkpointing,
     )
-    module.run = run
-    return module
 
 
-def _trainer(run: Run) -> Trainer:
+def trainer_of(run: Run) -> Trainer:
+    """For two steps in this process, of as many as the run has."""
     shared: dict[str, Any] = {}
     if run.processes > 1:
         sizes: dict[str, Any] = {"shard": run.shard, "replicate": run.replicate, "tensor": run.tensor}
