@@ -112,7 +112,7 @@ def test_jsonl_reads_records_and_renames_the_prompt(tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "a"', r"data.jsonl:2: .*Expecting"),
-        ('["prompt"]', r"data.jsonl:2: no 'prompt'"),
+        ('["prompt"]', r"data.jsonl:2: not a JSON object"),
         ('{"text": "a"}', r"data.jsonl:2: no 'prompt'"),
         ('{"prompt": "a", "prompt": "b"}', r"data.jsonl:2: key 'prompt' appears twice"),
         ("[" * 100_000, r"data.jsonl:2: "),

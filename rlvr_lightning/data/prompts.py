@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
+
+from rlvr_lightning.data.tables import check_ids, read_text_table
 
 Record = dict[str, Any]
 RESERVED = ("prompt_ids", "index", "benchmark")
@@ -30,27 +31,11 @@ class PromptSource(Sequence[Mapping[str, Any]]):
     def __getitem__(self, index: Any) -> Any: ...
 
 
-class JsonlPrompts(PromptSource):
-    """Prompts from a file with one JSON object a line; blank lines are skipped.
+class ListedPrompts(PromptSource):
+    """Records in a list."""
 
-    Args:
-        path: the file, UTF-8.
-        prompt_field: key of the prompt in the file; it is renamed to "prompt".
-
-    Raises:
-        ValueError: the file is missing, or a line is not an object with a prompt; names the file and line.
-    """
-
-    def __init__(self, path: str, prompt_field: str = "prompt") -> None:
-        file = Path(path).expanduser()
-        if not file.is_file():
-            raise ValueError(f"path: there is no file {path!r}")
-        with file.open("rb") as lines:  # decoded line by line, so that a bad byte is found on its line
-            self._records = [
-                parse_line(line, f"{file}:{number}", prompt_field)
-                for number, line in enumerate(lines, start=1)
-                if line.strip()
-            ]
+    def __init__(self, records: list[Record]) -> None:
+        self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
@@ -59,25 +44,39 @@ class JsonlPrompts(PromptSource):
         return self._records[index]
 
 
-def parse_line(line: bytes, where: str, prompt_field: str) -> Record:
-    """A line of JSONL as a record; `where` (file:line) opens the message of the ValueError it may raise."""
+class JsonlPrompts(ListedPrompts):
+    """Prompts from a file with one JSON object a line, whole and as they are; blank lines are skipped.
 
-    def unique(pairs: list[tuple[str, Any]]) -> Record:
-        keys = [key for key, _ in pairs]
-        doubled = sorted({key for key in keys if keys.count(key) > 1})
-        if doubled:
-            raise ValueError(f"key {doubled[0]!r} appears twice")
-        return dict(pairs)
+    Args:
+        path: the file, UTF-8.
+        prompt_field: key of the prompt in the file; it is renamed to "prompt".
 
-    try:
-        record = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    if not isinstance(record, dict) or prompt_field not in record:
+    Raises:
+        ValueError: the file is missing or empty, or a line is not an object with a prompt, or has the `id` of another;
+            names the file and line.
+    """
+
+    def __init__(self, path: str, prompt_field: str = "prompt") -> None:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ValueError(f"path: there is no file {path!r}")
+        table = read_text_table(file)
+        if not table.rows:
+            raise ValueError(f"path: {path!r} is empty: it has no rows")
+        check_ids(table, list(enumerate(table.rows)))
+        lines = table.lines or range(len(table.rows))
+        super().__init__(
+            [with_prompt(row, prompt_field, f"{file}:{line}") for line, row in zip(lines, table.rows, strict=True)]
+        )
+
+
+def with_prompt(row: Record, prompt_field: str, where: str) -> Record:
+    """A row with its prompt under "prompt"; `where` (file:line) opens the message of the ValueError it may raise."""
+    if prompt_field not in row:
         raise ValueError(f"{where}: no {prompt_field!r}; each line must be a JSON object with one (see prompt_field)")
-    if prompt_field != "prompt" and "prompt" in record:
+    if prompt_field != "prompt" and "prompt" in row:
         raise ValueError(f"{where}: both {prompt_field!r} and 'prompt'; remove or rename one of them")
-    return {"prompt": record.pop(prompt_field)} | record
+    return {"prompt": row[prompt_field]} | {key: value for key, value in row.items() if key != prompt_field}
 
 
 class PromptLoader:
