@@ -13,7 +13,7 @@ from rlvr_lightning.rewards.sandbox import Calls, Case
 
 SCHEMAS = (
     "inputs, outputs; input_output (APPS); public_tests, private_tests or generated_tests (CodeContests); "
-    "prompt, test, entry_point (HumanEval); test_list (MBPP)"
+    "code_prompt or prompt, test, entry_point (HumanEval); test_list (MBPP)"
 )
 LANGUAGES = ("python", "python3", "py")
 FENCE = "```"
@@ -42,12 +42,17 @@ def tests_of(record: Mapping[str, Any]) -> Calls | list[Case]:
     if found := [record[f"{kind}_tests"] for kind in ("public", "private", "generated") if record.get(f"{kind}_tests")]:
         given = [text for part in found for text in part["input"]]
         return _cases(given, [text for part in found for text in part["output"]])
-    if {"prompt", "test", "entry_point"} <= record.keys():
+    if (begun := _begun(record)) is not None:
         name = record["entry_point"]
-        return Calls(tests=[f"{record['test']}\n\ncheck({name})"], setup=record["prompt"], names=[name])
+        return Calls(tests=[f"{record['test']}\n\ncheck({name})"], setup=begun, names=[name])
     if record.get("test_list"):
         return _mbpp(record)
     raise ValueError(f"the record has no tests: its columns are {sorted(record)}, needed are those of one of {SCHEMAS}")
+
+
+def _begun(record: Mapping[str, Any]) -> str | None:
+    """The program that a problem of HumanEval begins; None of another. A prompt may say more than the program."""
+    return record.get("code_prompt", record.get("prompt")) if {"test", "entry_point"} <= record.keys() else None
 
 
 def _cases(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Case]:
@@ -141,9 +146,9 @@ def program_of(text: str, record: Mapping[str, Any], whole_text: bool = True) ->
     code = code if code is not None else next((body for language, body in reversed(blocks) if not language), None)
     if code is None and whole_text and not blocks:
         code = text
-    if code is None or not {"prompt", "test", "entry_point"} <= record.keys():
+    prompt = _begun(record)
+    if code is None or prompt is None:
         return code
-    prompt = record["prompt"]
     definition = re.compile(rf"^(?:async +)?def +{re.escape(record['entry_point'])}\b", re.MULTILINE)
     if not definition.search(code):
         return f"{prompt}{code}"
