@@ -11,7 +11,7 @@ import yaml
 
 from rlvr_lightning.profiling.table import Table
 from rlvr_lightning.report.memory import memory_table, peak_bytes, phase_table
-from rlvr_lightning.report.reading import Run, merged, notes
+from rlvr_lightning.report.reading import Run, fraction, merged, notes
 from rlvr_lightning.report.settings import differences
 from rlvr_lightning.report.text import harmless
 from rlvr_lightning.tables import gib, number
@@ -140,16 +140,13 @@ def charted(runs: Sequence[Run]) -> list[str]:
 
 def share(record: Any, definition: str) -> str | None:
     """Changed entries over all entries, in %; None if it was not measured."""
-    try:
-        return f"{100 * record['changed'][definition] / record['entries']:.3g} %"
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
+    found = fraction(record, definition)
+    return None if found is None else f"{100 * found:.3g} %"
 
 
 def definitions(runs: Sequence[Run]) -> list[str]:
     """The definitions of "changed" that any run was measured by."""
-    found = (line["last_step"].get("changed") for run in runs for line in run.sparsity)
-    return list(dict.fromkeys(name for changed in found if isinstance(changed, dict) for name in changed))
+    return list(dict.fromkeys(name for run in runs for line in run.sparsity for name in line["last_step"]["changed"]))
 
 
 def sparsity_tables(runs: Sequence[Run]) -> list[Table]:
@@ -160,11 +157,10 @@ def sparsity_tables(runs: Sequence[Run]) -> list[Table]:
         for when in ("last_step", "total") if run.sparsity else ():
             line = run.sparsity[-1]
             record = line.get(when) or {}
-            kinds = record.get("kinds") if isinstance(record.get("kinds"), dict) else {}
             what = "changed by the step" if when == "last_step" else "differ from the start"
-            for kind, part in {"all": record, **(kinds or {})}.items() if record else ():
-                entries = part.get("entries") if isinstance(part, dict) else None
-                rows.append([run.name, line["step"], what, kind, entries, *(share(part, name) for name in names)])
+            for kind, part in {"all": record, **record["kinds"]}.items() if record else ():
+                shares = (share(part, name) for name in names)
+                rows.append([run.name, line["step"], what, kind, part.get("entries"), *shares])
     said = [(run.name, "no sparsity.jsonl, or nothing in it") for run in runs if not run.sparsity]
     for run in runs:
         starts = sorted({each["since_step"] for each in run.sparsity if each.get("since_step")})

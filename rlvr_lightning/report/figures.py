@@ -15,7 +15,7 @@ from rlvr_lightning.plots import COLORS
 from rlvr_lightning.records import Curve
 from rlvr_lightning.report.document import charted, definitions
 from rlvr_lightning.report.memory import OWNERS, comparable, predicted
-from rlvr_lightning.report.reading import Run
+from rlvr_lightning.report.reading import Run, fraction
 
 SEEN = (*COLORS[:-1], "#8a8a8a")
 """Okabe and Ito's palette, with grey for black, which nobody sees on a dark page."""
@@ -73,7 +73,7 @@ def panels(titles: Sequence[str], columns: int = 2, row_px: int = ROW, **setting
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
         legend={"orientation": "h", "y": 1, "yref": "container", "yanchor": "top", "x": 0},
-        hovermode="x unified" if len(titles) else "closest",
+        hovermode="x unified",
         hoverlabel={"bgcolor": "#222", "bordercolor": "#888", "font": {"color": "#fff"}},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": "#8a8a8a", "activecolor": "#0072B2"},
     )
@@ -208,14 +208,6 @@ def sparsity(runs: Sequence[Run]) -> list[Chart]:
     return [_shares(runs, names), *heats]
 
 
-def fraction(record: Any, definition: str) -> float | None:
-    """Changed entries over all; None if that was not measured."""
-    try:
-        return record["changed"][definition] / record["entries"]
-    except (KeyError, TypeError, ZeroDivisionError):
-        return None
-
-
 WHEN = {"last_step": "changed by a step", "total": "changed since the start"}
 
 
@@ -257,7 +249,7 @@ def _least(runs: Sequence[Run], names: Sequence[str]) -> int:
         for part in ((each.get(when) or {}).get(by) or {}).values()
         for name in names
     ]
-    return min((math.floor(math.log10(share)) for share in shares if share), default=-1)
+    return min((math.floor(math.log10(share)) for share in shares if share and share > 0), default=-1)
 
 
 def _heat(run: Run, names: Sequence[str], when: str, least: int) -> Chart:

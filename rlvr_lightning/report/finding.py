@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlvr_lightning.records import Cell
+from rlvr_lightning.records import Cell, Curve
 from rlvr_lightning.report.reading import FILES, Run, is_run, read_run
 
 
@@ -85,22 +86,21 @@ def _read(name: str, folder: Path) -> Run:
 def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
-        if isinstance(record["metrics"], dict) and isinstance(record["command"], str):
-            return record
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"report: {path} is no record of a sweep; delete it and run the sweep again")
+        curves = {name: _curve(summary) for name, summary in record["metrics"].items()}
+        return record | {"curves": curves, "command": str(record["command"])}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"report: {path} is no record of a sweep; delete it and run the sweep again") from None
+
+
+def _curve(summary: dict[str, Any]) -> Curve:
+    return [(int(step), math.nan if value is None else float(value)) for step, value in summary["curve"]]
 
 
 def _add(run: Run, record: dict[str, Any]) -> None:
     """What a sweep's record knows beside the run's own files, or instead of them."""
     if isinstance(record.get("point"), dict):
         run.group = Cell(str(record.get("label")), record["point"], []).name
-    if not run.curves:
-        run.curves = {
-            name: [(int(step), float("nan") if value is None else float(value)) for step, value in summary["curve"]]
-            for name, summary in record["metrics"].items()
-        }
+    run.curves = run.curves or record["curves"]
     run.memory = run.memory or record.get("memory") or {}
     run.origin["run it again"] = record["command"]
     versions = record.get("environment") or {}

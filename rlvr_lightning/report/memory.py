@@ -41,7 +41,7 @@ def predicted(run: Run) -> Prediction:
         shape, remark = find_model(model_of(config))
         remarks = [*remarks, remark, *_assumed(settings)]
         return Prediction(predict(shape, settings), tuple(filter(None, remarks)))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # a config may hold anything
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a config may hold anything
         return Prediction(None, (f"no prediction: {' '.join(str(error).split()).removeprefix('--config: ')}",))
 
 

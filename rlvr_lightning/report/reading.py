@@ -16,8 +16,6 @@ from rlvr_lightning.records import Curve, measured_rows
 
 FILES = ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl")
 """What `fit` writes into a run's folder, and this reads."""
-REPEATED = "update/"
-"""Loggers repeat these until the next measurement; `sparsity.jsonl` has each once."""
 
 
 @dataclass
@@ -157,10 +155,14 @@ def _read_memory(run: Run, path: Path) -> None:
         memory = json.loads(path.read_bytes())
     except ValueError:
         memory = None
-    if not isinstance(memory, dict) or not isinstance(memory.get("peak_bytes"), int):
+    if not isinstance(memory, dict) or not _sizes(memory.get("phase_peak_bytes"), memory.get("peak_bytes")):
         run.missing.append("memory.json is damaged")
         return
     run.memory = memory
+
+
+def _sizes(phases: Any, peak: Any) -> bool:
+    return isinstance(phases, dict) and all(isinstance(size, int) for size in (peak, *phases.values()))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
@@ -178,7 +180,11 @@ def _read_sparsity(run: Run, path: Path) -> None:
     found: dict[int, dict[str, Any]] = {}
     damaged = others = 0
     for line in _lines(path):
-        if line is None or not isinstance(line.get("last_step"), dict):
+        if (
+            line is None
+            or not _counted(line.get("last_step"))
+            or not (not line.get("total") or _counted(line["total"]))
+        ):
             damaged += 1
         elif line.get("optimizer"):
             others += 1
@@ -188,6 +194,23 @@ def _read_sparsity(run: Run, path: Path) -> None:
     _damaged(run, path, damaged)
     if others:
         run.missing.append(f"sparsity.jsonl: {others:,} lines of further optimizers are not shown")
+
+
+def _counted(record: Any) -> bool:
+    """Whether it is what `UpdateSparsity` writes of a step, or of all since the start."""
+    return isinstance(record, dict) and all(isinstance(record.get(key), dict) for key in ("changed", "kinds", "layers"))
+
+
+def fraction(record: Any, definition: str) -> float | None:
+    """Changed entries over all of a part of the weights; None if that was not measured.
+
+    >>> fraction({"entries": 8, "changed": {"bf16": 2}}, "bf16")
+    0.25
+    """
+    try:
+        return record["changed"][definition] / record["entries"]
+    except (KeyError, TypeError, ZeroDivisionError):
+        return None
 
 
 def _read_completions(run: Run, path: Path) -> None:
