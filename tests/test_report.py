@@ -93,7 +93,16 @@ def test_what_came_after_the_checkpoint_is_not_shown(tmp_path: Path) -> None:
     write_csv(tmp_path / "runs/x/version_0", {1: 0.1, 2: 0.2, 3: 0.3, 4: 9.0, 5: 9.0})
     path = "ckpt_path: runs/x/version_0/checkpoints/last.ckpt\n"  # relative to where the command was typed
     later = write_csv(tmp_path / "runs/x/version_1", {4: 0.4, 6: 0.6}, path)
-    assert read_run("x", later).curves["reward/mean"] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (6, 0.6)]
+    for folder, since, steps in (("version_0", 0, (1, 3, 5)), ("version_1", 3, (4, 6))):
+        part = {"entries": 7, "changed": {"bf16": since}, "kinds": {}, "layers": {}}
+        lines = [json.dumps({"step": step, "since_step": since, "last_step": part}) for step in steps]
+        (tmp_path / "runs/x" / folder / "sparsity.jsonl").write_text("\n".join(lines) + "\n")
+    run = read_run("x", later)
+    assert run.curves["reward/mean"] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (6, 0.6)]
+    assert [line["step"] for line in run.sparsity] == [1, 3, 4, 6]
+    assert any(
+        "resumed after step 3; " in note for section in document([run]) for t in section.tables for note in t.notes
+    )
 
 
 def test_a_run_whose_beginning_is_gone_says_so(tmp_path: Path) -> None:
@@ -254,7 +263,7 @@ def test_markdown_says_what_the_page_says(root: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def hostile(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a name, a metric and completions that would take over a careless page."""
-    name = "<img src=x onerror=window.stolen=1>"
+    name = "<!--<script><img src=x onerror=window.stolen=1>"
     folder = copy(root / "adamw" / "version_0", tmp_path_factory.mktemp("hostile") / name)
     with (folder / "completions.jsonl").open("w") as file:
         for text in HOSTILE:
@@ -391,7 +400,8 @@ def test_every_chart_is_drawn_and_legible(browser, both: Path, scheme: str) -> N
         )
         figures = json.loads(opened.page.locator("#figures").text_content())
         assert drawn == [len(figure["data"]) for figure in figures]
-        assert len(drawn) == 9  # curves twice, owners, peaks, shares, and two heat maps a run
+        # of two runs: 10 metrics, 4 owners, peaks, 4 definitions twice; heat maps of kinds and layers by definition
+        assert drawn == [12, 8, 8, 2, 16, 8, 8, 8, 8]
         assert opened.said == []
         assert opened.fetched() == [both.as_uri()]
         assert min(contrasts(opened.page)) >= 4.5
@@ -447,4 +457,6 @@ def test_nothing_hostile_happens(browser, hostile: Path, tmp_path: Path) -> None
         assert opened.page.locator(".samples img, .samples script, h1 img").count() == 0
         assert HOSTILE[0] in opened.page.locator(".samples").text_content()
         assert opened.page.locator("h1").text_content() == hostile.name
+        assert opened.page.locator(".legendtext").first.text_content() == hostile.name
+        assert "val/<b onclick=x>/pass@1" in opened.page.locator(".annotation-text").all_text_contents()
         assert opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # on a telephone
