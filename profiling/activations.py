@@ -109,6 +109,8 @@ class Pass:
     """Completion tokens whose log-probs are wanted."""
     compute: int
     """Bytes of an entry in the dtype of the arithmetic."""
+    rank: int = 0
+    """Of the adapters that are trained instead of the weights."""
 
     @property
     def tokens(self) -> int:
@@ -121,14 +123,25 @@ class Pass:
         A norm keeps its input in fp32, the normalised values and (where a product with a weight follows) its output;
         the gated MLP four tensors of its inner size; attention the rotated queries and keys, values, output and the
         logarithms of its sums. With a mask, keys and values are repeated for every query head, and the mask is kept in
-        the dtype of the arithmetic.
+        the dtype of the arithmetic. Where adapters are trained, no norm needs its normalised values; each adapter keeps
+        its input, cast for itself alone if the arithmetic is not fp32, and its own two products.
         """
-        w, c = self.widths, self.compute
-        norms = 2 * ((4 + 2 * c) * w.hidden + 4)
-        norms += w.norms * ((4 + c) * (w.queries + w.keys) + 4 * (w.heads + w.keys * w.heads // w.queries))
+        w, c, learning = self.widths, self.compute, not self.rank
+        norms = 2 * ((4 + (1 + learning) * c) * w.hidden + 4)
+        norms += w.norms * ((4 + c * learning) * (w.queries + w.keys) + 4 * (w.heads + w.keys * w.heads // w.queries))
         attention = c * (w.queries + w.outputs) + 4 * w.heads
         attention += c * (w.queries + w.outputs + self.length) if self.packed else c * (w.keys + w.values)
-        return self.tokens * (norms + attention + c * (4 * w.inner + 2 * w.spread * w.hidden))
+        return self.tokens * (norms + attention + self._adapters() + c * (4 * w.inner + 2 * w.spread * w.hidden))
+
+    def _adapters(self) -> int:
+        """What those of a layer keep of a token."""
+        w, c = self.widths, self.compute
+        cast_apart = c * (3 * w.hidden + w.outputs) if self.rank and c < 4 else 0
+        return cast_apart + 7 * self.rank * c
+
+    def unlearned(self) -> int:
+        """What the first layer does not keep: the input of its first norm, for nothing is learned in front of it."""
+        return self.tokens * (4 * self.widths.hidden + 4) if self.rank else 0
 
     def input(self) -> int:
         """What is kept of one layer when it is recomputed."""
@@ -137,7 +150,7 @@ class Pass:
     def rest(self) -> int:
         """What is kept around the layers: the last norm, hidden states to predict from, rotations, indices."""
         w, c = self.widths, self.compute
-        around = self.tokens * ((4 + c) * w.hidden + 4) + self.rotations()
+        around = self.tokens * ((4 + c * (not self.rank)) * w.hidden + 4) + self.rotations()
         return around + self.targets * (w.hidden * c + 36)
 
     def rotations(self) -> int:
@@ -166,7 +179,8 @@ class Pass:
             return 2 * z + 16 * self.targets
         cast = z * self.compute // 4 if self.compute < 4 else 0
         product = words * self.widths.hidden * self.compute if self.compute < 4 else 0
-        return z + cast + product + 4 * words * self.widths.hidden + 4 * self.targets * self.widths.hidden
+        slope = 0 if self.rank else product + 4 * words * self.widths.hidden
+        return z + cast + slope + 4 * self.targets * self.widths.hidden
 
 
 def per_row(prompt: int, completion: int, group: int, layer_entries: float, hidden: int) -> int:

@@ -47,6 +47,7 @@ def passes(config: Mapping[str, Any], run: Run) -> Pass:
         packed=together > 1,
         targets=run.micro_batch * run.max_tokens,
         compute=WIDTH[run.compute_dtype],
+        rank=run.lora_rank,
     )
 
 
@@ -106,6 +107,7 @@ def _training(always: Held, fixed: Sizes, one: Pass, run: Run) -> list[Instant]:
     held = replace(always, compute_copy=fixed.copies + fixed.cast, gathered=gathered_bytes(fixed, run, "training"))
     layers = one.widths.layers
     kept = layers * (one.input() if run.activation_checkpointing else one.layer())
+    kept -= 0 if run.activation_checkpointing else one.unlearned()
     before = fixed.gradients if run.micro_batches > 1 else 0  # of the micro-batches before
     head = 0 if sharded else fixed.head
     one_layer = one.layer() if run.activation_checkpointing else 0
