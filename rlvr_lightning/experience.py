@@ -65,6 +65,8 @@ class Experience:
     """bool [R, T]: tokens that count in the loss."""
     ref_logprobs: Tensor | None = None
     """float32 [R, T], or None without a KL term."""
+    old_logprobs: Tensor | None = None
+    """float32 [R, T], the policy's before the first update, where a correction needs them; else None."""
 
     def select(self, prompts: list[int]) -> Experience:
         """Some prompts' groups."""
@@ -74,6 +76,7 @@ class Experience:
             advantages=self.advantages[rows],
             mask=self.mask[rows],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
         )
 
     def minibatches(self, count: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Experience]:

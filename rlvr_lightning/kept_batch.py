@@ -19,6 +19,7 @@ from rlvr_lightning.experience import Experience
 from rlvr_lightning.schema import Rollouts
 
 TENSORS = ("completion_ids", "completion_mask", "rollout_logprobs", "truncated")
+OPTIONAL = ("ref_logprobs", "old_logprobs")
 
 
 def about_batch(module: Any) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def save_batch(folder: Path, rank: int, experience: Experience, about: Mapping[s
     prompts = experience.rollouts.prompt_ids
     tensors = {name: getattr(experience.rollouts, name) for name in TENSORS}
     tensors |= {"advantages": experience.advantages, "mask": experience.mask}
-    tensors |= {} if experience.ref_logprobs is None else {"ref_logprobs": experience.ref_logprobs}
+    tensors |= {name: value for name in OPTIONAL if (value := getattr(experience, name)) is not None}
     tensors["prompt_lengths"] = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
     tensors["prompt_ids"] = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.long)
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, _tensors(folder, rank))
@@ -79,7 +80,7 @@ def _load(folder: Path, rank: int) -> tuple[Experience, dict[str, Any]]:
             rollouts=rollouts,
             advantages=tensors["advantages"],
             mask=tensors["mask"],
-            ref_logprobs=tensors.get("ref_logprobs"),
+            **{name: tensors.get(name) for name in OPTIONAL},
         )
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: the part of rank {rank} cannot be read: {error}") from error

@@ -16,6 +16,9 @@ from rlvr_lightning.schema import LossOutput
 
 KLEstimator = Literal["k1", "k2", "k3"]
 Normalization = Literal["token", "sequence", "constant"]
+KL_NAMES: dict[str, KLEstimator] = {"kl": "k3", "kl_k1": "k1", "kl_k2": "k2"}
+"""Metrics of a loss with a KL term; which estimator the term itself takes is another matter."""
+Correction = Literal["none", "truncate", "mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,16 @@ class Objective:
     """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, where d = log policy - log reference."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
+    correction: Literal["auto", "none", "truncate", "mask"] = "auto"
+    """Of a sampler that is not quite the policy, by another program's rounding or by being older. none: the ratio's
+    denominator is the sampler's log-prob; truncate: it is the trainer's own before the update, and each token's term is
+    weighed by trainer over sampler, at most `correction_cap`; mask: tokens where that is outside 1/cap..cap are left
+    out. auto: truncate with vLLM, else none."""
+    correction_cap: float = 2.0
 
     def __post_init__(self) -> None:
+        if self.correction_cap < 1:
+            raise ValueError(f"objective.correction_cap must be at least 1, got {self.correction_cap}")
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
@@ -113,7 +124,30 @@ def importance_ratio(policy_logprobs: Tensor, rollout_logprobs: Tensor, mask: Te
     return log_ratio.exp()
 
 
-def policy_loss(
+def correction_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, kind: Correction, cap: float) -> Tensor:
+    """What each token's term is multiplied by, float32 [R, T], for the sampler not being the policy.
+
+    Truncated importance sampling (Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training", 2025), and its harder kin that leaves tokens out.
+
+    Args:
+        old_logprobs: of the trainer, before the update.
+        rollout_logprobs: of the sampler, same shape.
+        kind: truncate or mask.
+        cap: see `Objective.correction_cap`.
+
+    Example:
+        >>> old, rollout = torch.tensor([0.1, 0.6, 0.2]).log(), torch.tensor([0.4, 0.2, 0.16]).log()
+        >>> correction_weights(old, rollout, "truncate", 2.0), correction_weights(old, rollout, "mask", 2.0)
+        (tensor([0.2500, 2.0000, 1.2500]), tensor([0.0000, 0.0000, 1.2500]))
+    """
+    weights = (old_logprobs - rollout_logprobs).exp()
+    if kind == "truncate":
+        return weights.clamp(max=cap)
+    return weights * ((weights <= cap) & (weights >= 1 / cap))
+
+
+def policy_loss(  # noqa: PLR0913 (what there is to know of a token)
     policy_logprobs: Tensor,
     rollout_logprobs: Tensor,
     advantages: Tensor,
@@ -123,6 +157,7 @@ def policy_loss(
     *,
     entropy: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
 ) -> LossOutput:
     """The clipped surrogate of PPO with group advantages: the loss of GRPO and, by its settings, of its kin.
 
@@ -138,35 +173,55 @@ def policy_loss(
         counts: of the whole optimizer step.
         entropy: float32 [R, T] of the policy's distributions.
         ref_logprobs: float32 [R, T]; needed when `kl_coef` is above 0.
+        old_logprobs: float32 [R, T], the trainer's before the first update on these rollouts, for a `correction`; None
+            if this is that update.
 
     Returns:
-        The loss, and sums over valid tokens of `ratio`, `clipped`, `kl`, `entropy`, `rollout_kl` (k3 of sampler against
-        policy): divide by the token count to log.
+        The loss, and sums over valid tokens of `ratio` (policy over sampler), `clipped`, `kl`, `entropy`, `rollout_kl`
+        (k3 of sampler against policy), `rollout_gap` (|log policy - log sampler|), `corrected` (1 where the correction
+        truncates or leaves out): divide by the token count to log; and of `rollout_gap` the maximum.
     """
     # Filled, not multiplied by the mask: a masked token may hold an infinite value, and 0 * inf is NaN.
     policy_logprobs = policy_logprobs.masked_fill(~mask, 0.0)
     rollout_logprobs = rollout_logprobs.masked_fill(~mask, 0.0)
-    ratio = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
-    gain = advantages[:, None]
+    valid, gain = mask.float(), advantages[:, None]
+    metrics: dict[str, Tensor] = {}
+    denominator, weight = rollout_logprobs, valid
+    if objective.correction in ("truncate", "mask"):
+        denominator = policy_logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~mask, 0.0)
+        weight = correction_weights(denominator, rollout_logprobs, objective.correction, objective.correction_cap)
+        apart = (denominator - rollout_logprobs).exp() != weight
+        metrics["corrected"] = (apart * valid).sum()
+    ratio = importance_ratio(policy_logprobs, denominator, mask, objective.ratio)
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    per_token = -torch.minimum(ratio * gain, clipped * gain).expand_as(policy_logprobs)
-    valid = mask.float()
+    per_token = -torch.minimum(ratio * gain, clipped * gain) * weight
     with torch.no_grad():
+        metrics |= _told(policy_logprobs, rollout_logprobs, mask, objective)
         was_clipped = ((ratio != clipped) & (ratio * gain > clipped * gain)).expand_as(mask)
-        metrics = {
-            "ratio": (ratio.expand_as(valid) * valid).sum(),
-            "clipped": (was_clipped * valid).sum(),
-            "rollout_kl": (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * valid).sum(),
-        }
+        metrics["clipped"] = (was_clipped * valid).sum()
     if objective.kl_coef > 0:
         assert ref_logprobs is not None, "a KL term needs reference log-probs"
         ref_logprobs = ref_logprobs.masked_fill(~mask, 0.0)
         kl = kl_divergence(policy_logprobs, ref_logprobs, objective.kl_estimator)
         per_token = per_token + objective.kl_coef * kl
-        metrics["kl"] = (kl_divergence(policy_logprobs.detach(), ref_logprobs, "k3") * valid).sum()
+        for name, estimator in KL_NAMES.items():
+            metrics[name] = (kl_divergence(policy_logprobs.detach(), ref_logprobs, estimator) * valid).sum()
     if entropy is not None:
         if objective.entropy_coef > 0:
             per_token = per_token - objective.entropy_coef * entropy
         metrics["entropy"] = (entropy.detach() * valid).sum()
     weights = token_weights(mask, objective.normalization, counts)
-    return LossOutput(loss=(per_token * weights).sum(), metrics=metrics)
+    gap = (policy_logprobs.detach() - rollout_logprobs).abs()
+    largest = gap.max() if gap.numel() else gap.sum()
+    return LossOutput(loss=(per_token * weights).sum(), metrics=metrics, maxima={"rollout_gap": largest})
+
+
+def _told(policy_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, objective: Objective) -> dict[str, Tensor]:
+    """Of how far the policy is from the sampler."""
+    ratio = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
+    gap = (policy_logprobs - rollout_logprobs).abs() * mask
+    return {
+        "ratio": (ratio.expand_as(gap) * mask).sum(),
+        "rollout_kl": (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * mask).sum(),
+        "rollout_gap": gap.sum(),
+    }

@@ -105,6 +105,7 @@ def _loss_and_norm(
         counts,
         entropy=now.entropy,
         ref_logprobs=there(one.ref_logprobs),
+        old_logprobs=there(one.old_logprobs),
     )
     policy.zero_grad(set_to_none=True)
     out.loss.backward()

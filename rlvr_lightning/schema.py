@@ -133,6 +133,8 @@ class LossOutput:
     """Scalar, differentiable."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Detached scalars, *summed* over valid tokens, so that micro-batches add up; divide by the token count to log."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars, the largest over valid tokens; of several micro-batches the largest counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

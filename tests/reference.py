@@ -35,18 +35,24 @@ def kl(policy: float, ref: float, estimator: str) -> float:
     return {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator]
 
 
-def policy_loss(policy, old, adv, mask, o, counts, ent=None, ref=None) -> float:
-    """The clipped surrogate over lists of lists; `o` is an Objective, `counts` a Counts."""
+def policy_loss(policy, old, adv, mask, o, counts, ent=None, ref=None, trainer=None) -> float:
+    """The clipped surrogate over lists of lists; `o` is an Objective, `counts` a Counts, `old` the sampler's."""
     loss = 0.0
     for r, row in enumerate(mask):
         valid = [t for t, on in enumerate(row) if on]
         if not valid:
             continue
-        mean_log_ratio = sum(policy[r][t] - old[r][t] for t in valid) / len(valid)
+        corrects = o.correction in ("truncate", "mask")
+        below = (trainer or policy) if corrects else old
+        mean_log_ratio = sum(policy[r][t] - below[r][t] for t in valid) / len(valid)
         for t in valid:
-            ratio = math.exp(policy[r][t] - old[r][t] if o.ratio == "token" else mean_log_ratio)
+            ratio = math.exp(policy[r][t] - below[r][t] if o.ratio == "token" else mean_log_ratio)
             clipped = min(max(ratio, 1 - o.clip_low), 1 + o.clip_high)
             term = -min(ratio * adv[r], clipped * adv[r])
+            if corrects:
+                apart = math.exp(below[r][t] - old[r][t])
+                inside = 1 / o.correction_cap <= apart <= o.correction_cap
+                term *= min(apart, o.correction_cap) if o.correction == "truncate" else apart * inside
             if o.kl_coef:
                 term += o.kl_coef * kl(policy[r][t], ref[r][t], o.kl_estimator)
             if o.entropy_coef:

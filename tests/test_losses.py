@@ -120,6 +120,38 @@ def test_micro_batches_add_up(normalization: str) -> None:
         assert float(token_weights(mask, normalization, counts).sum()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+@pytest.mark.parametrize("first", [True, False], ids=["first update", "later"])
+def test_corrections_equal_naive(ratio: str, correction: str, first: bool) -> None:
+    policy, rollout, ref, adv, _, mask = random_case()
+    trainer = policy.clone() if first else policy + 0.3 * torch.randn(policy.shape)
+    objective = Objective(ratio=ratio, correction=correction, correction_cap=1.3, kl_coef=0.1)
+    counts = Counts(tokens=20, completions=5, max_tokens=7)
+    lists = [x.tolist() for x in (policy, rollout, adv, mask)]
+    expected = reference.policy_loss(*lists, objective, counts, ref=ref.tolist(), trainer=trainer.tolist())
+    old = None if first else trainer
+    out = policy_loss(policy, rollout, adv, mask, objective, counts, ref_logprobs=ref, old_logprobs=old)
+    assert float(out.loss) == pytest.approx(expected, rel=1e-5)
+    apart = (trainer - rollout).exp()[mask]
+    outside = (apart > 1.3) | ((apart < 1 / 1.3) & (correction == "mask"))
+    assert int(out.metrics["corrected"]) == int(outside.sum()) > 0
+    assert float(out.maxima["rollout_gap"]) == pytest.approx(float((policy - rollout)[mask].abs().max()))
+
+
+def test_a_correction_gives_the_gradient_of_the_policy_not_of_its_own_weights() -> None:
+    """One token, sampled with 1/4, under the policy 1/2: weight 2, cut to 1.5; d/dlogp of -2 * 1.5 * ratio is -3."""
+    policy = torch.tensor([[0.5]]).log().requires_grad_()
+    one = Counts(tokens=1, completions=1, max_tokens=1)
+    args = (torch.tensor([[0.25]]).log(), torch.tensor([2.0]), torch.tensor([[True]]))
+    out = policy_loss(policy, *args, Objective(correction="truncate", correction_cap=1.5), one)
+    out.loss.backward()
+    assert float(out.loss) == pytest.approx(-3.0) and float(policy.grad) == pytest.approx(-3.0)
+    assert float(out.metrics["ratio"]) == pytest.approx(2.0), "of the policy over the sampler, to be looked at"
+    with pytest.raises(ValueError, match=r"objective.correction_cap must be at least 1, got 0.5"):
+        Objective(correction_cap=0.5)
+
+
 def test_masked_infinities_do_no_harm() -> None:
     policy, old, _, adv, _, mask = random_case()
     policy = policy.clone()

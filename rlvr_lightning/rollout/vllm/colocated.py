@@ -1,0 +1,90 @@
+"""vLLM in the training process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from rlvr_lightning.rollout.vllm.requests import Answer, Request
+from rlvr_lightning.rollout.vllm.sync import Part
+
+
+class Colocated:
+    """An engine in this process: each rank of a run has one for its own prompts.
+
+    Starting it leaves the global random numbers of torch as they were. It asks torch.distributed for a group of its
+    own, so that must be initialised before, if it is to be used.
+    """
+
+    def __init__(self, options: dict[str, Any], sleeps: bool) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where tensors need not be sent
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if options["enforce_eager"]:
+            os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # on a CPU it compiles C++ for half a minute
+        with _same_random_numbers():
+            from vllm import LLM
+
+            self.llm = LLM(**options, enable_sleep_mode=sleeps, disable_log_stats=True)
+        self.sleeps = sleeps
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+
+    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
+        """Completions in the order of the requests."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests]
+        each = [SamplingParams(**options, seed=request.seed) for request in requests]
+        found = []
+        for output in self.llm.generate(prompts, each, use_tqdm=False):
+            first = output.outputs[0]
+            logprobs = [at[token].logprob for at, token in zip(first.logprobs, first.token_ids, strict=True)]
+            found.append(Answer(list(first.token_ids), logprobs, first.stop_reason is not None))
+        return found
+
+    def update(self, parts: Iterator[Part]) -> int:
+        """Take in weights; returns the bytes that came."""
+        size = 0
+        self.llm.collective_rpc("start_weight_update")
+        for part in parts:
+            self.llm.collective_rpc(
+                "update_weights", kwargs={"update_info": {"shapes": part.shapes, "tensors": part.tensors}}
+            )
+            size += part.nbytes
+        self.llm.collective_rpc("finish_weight_update")
+        self.llm.reset_prefix_cache()
+        return size
+
+    def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """SHA-256 of each tensor that the engine holds."""
+        return self.llm.collective_rpc("weight_digests", args=(dict(shapes),))[0]
+
+    def sleep(self) -> None:
+        """Give the memory of the KV cache back, and keep the weights in host memory; a CPU cannot."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        """Take it again."""
+        if self.sleeps:
+            self.llm.wake_up()
+
+    def close(self) -> None:
+        """End the engine."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    state = torch.random.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+        for index, each in enumerate(cuda):
+            torch.cuda.set_rng_state(each, index)

@@ -1,0 +1,173 @@
+"""Rollouts from vLLM, with the policy's weights of that moment, in the shape that every engine gives them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlvr_lightning.rollout.sampling import stream_keys
+from rlvr_lightning.rollout.vllm.requests import Answer, Request, sampling_options
+from rlvr_lightning.rollout.vllm.settings import VLLM
+from rlvr_lightning.rollout.vllm.sync import Part, WeightSync
+from rlvr_lightning.schema import Rollouts, Sampling
+
+log = logging.getLogger(__name__)
+SEEDS = (1 << 62) - 1  # vLLM's are signed
+
+
+class Client(Protocol):
+    """A vLLM, wherever it runs."""
+
+    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
+        """Completions in the order of the requests."""
+        ...
+
+    def update(self, parts: Iterator[Part]) -> int:
+        """Take in weights; returns the bytes that were sent."""
+        ...
+
+    def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """SHA-256 of each tensor that it holds."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until it is needed again."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+class VLLMEngine:
+    """Draws completions of the current policy through vLLM; a `RolloutEngine`.
+
+    Before each call of `generate` the weights that moved since the last are brought over. Completion g of a prompt
+    depends on the weights, the prompt, its seed and g, and not on the batch; the random numbers are vLLM's, so that
+    its samples are others than `HFEngine`'s. Log-probs are of the distribution that was drawn from.
+
+    Args:
+        client: a started vLLM whose weights are of no worth.
+        sync: of the policy's weights.
+        stop_token_ids: tokens that end a completion.
+        pad_token_id: fills completions behind their end.
+        settings: how often digests are compared, and what is sent.
+        max_len: of prompt and completion together.
+        device: of the rollouts that it returns.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        sync: WeightSync,
+        stop_token_ids: Sequence[int],
+        pad_token_id: int,
+        settings: VLLM,
+        max_len: int,
+        device: torch.device,
+    ) -> None:
+        self.client, self.sync, self.settings = client, sync, settings
+        self.stop_token_ids, self.pad_token_id = list(stop_token_ids), pad_token_id
+        self.max_len, self.device = max_len, device
+        self.metrics: dict[str, float] = {}
+        """Of the last sync: `rollout/sync_bytes`, `rollout/sync_dense_bytes` (what all weights take), `time/sync_s`."""
+        self._syncs = 0
+        self._told = False
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Learn from an optimizer what changes, if that is to be sent."""
+        if self.settings.sync == "dense":
+            return
+        if not self.sync.follow(optimizer) and self.settings.sync == "sparse":
+            raise ValueError(
+                "rollout.sync: sparse needs whole weights stored in 16 bits (dtype: bfloat16); set sync: auto"
+            )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], group: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollouts:
+        """Sample `group` completions of each prompt: see `RolloutEngine`.
+
+        Raises:
+            ValueError: a prompt and its completion would not fit `max_len`.
+        """
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        if longest > self.max_len:
+            raise ValueError(f"sampling.max_tokens: with the longest prompt {longest} tokens, over {self.max_len}")
+        self.client.wake()
+        self.catch_up()
+        keys = stream_keys(seeds, group).tolist() if prompts else []
+        requests = [Request(prompts[r // group], keys[r] & SEEDS) for r in range(len(keys))]
+        answers = self.client.sample(requests, sampling_options(sampling, self.stop_token_ids))
+        self.client.sleep()
+        return rollouts_of(prompts, answers, self.pad_token_id, self.device)
+
+    def catch_up(self) -> None:
+        """Bring the policy's weights over."""
+        started, sparse = time.perf_counter(), self.sync.sparse
+        try:
+            sent = self.client.update(self.sync.parts())
+        except BaseException:
+            self.sync.forget()  # it may have taken some of them
+            raise
+        self.sync.arrived()
+        self._syncs += 1
+        if self.settings.check_every and self._syncs % self.settings.check_every == 0:
+            self.check()
+        self.metrics = {
+            "rollout/sync_bytes": float(sent),
+            "rollout/sync_dense_bytes": float(self.sync.dense_bytes),
+            "rollout/sync_sparse": float(sparse),
+            "time/sync_s": time.perf_counter() - started,
+        }
+        if not self._told and not sparse and self._syncs == 2:
+            self._told = True
+            log.warning("rollout: weights are sent whole; for entries alone, train bfloat16 weights in one process")
+
+    def check(self) -> None:
+        """Compare what the engine holds with the policy, tensor by tensor.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        held = self.client.digests(self.sync.shapes())
+        wrong = [name for name, digest in self.sync.digests() if held.get(name) != digest]
+        if wrong:
+            raise RuntimeError(
+                f"rollout: vLLM's weights are not the policy's: {len(wrong)} of {len(held)} tensors, first {wrong[0]}"
+            )
+
+    def close(self) -> None:
+        """End vLLM."""
+        self.client.close()
+
+
+def rollouts_of(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Answer], pad: int, device: torch.device
+) -> Rollouts:
+    """Answers, group after group, as tensors padded to the longest."""
+    longest = max((len(answer.tokens) for answer in answers), default=0)
+
+    def padded(rows: list[list[Any]], fill: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], dtype=dtype, device=device).view(
+            len(rows), longest
+        )
+
+    lengths = torch.tensor([len(answer.tokens) for answer in answers], device=device, dtype=torch.long)
+    return Rollouts(
+        prompt_ids=[list(prompt) for prompt in prompts],
+        completion_ids=padded([answer.tokens for answer in answers], pad, torch.long),
+        completion_mask=torch.arange(longest, device=device) < lengths[:, None],
+        rollout_logprobs=padded([answer.logprobs for answer in answers], 0.0, torch.float32),
+        truncated=torch.tensor([not answer.stopped for answer in answers], dtype=torch.bool, device=device),
+    )

@@ -1,0 +1,69 @@
+"""What is asked of vLLM and what it answers, the same in both modes; its options, without importing it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlvr_lightning.rollout.vllm.settings import VLLM
+from rlvr_lightning.schema import Sampling
+
+CPU_KV_GIB = 0.25
+
+
+@dataclass(frozen=True)
+class Request:
+    """A completion to sample."""
+
+    prompt: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion that was sampled."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stopped: bool
+    """By a stop token, not by the limit."""
+
+
+def engine_options(
+    settings: VLLM, folder: str, dtype: torch.dtype, max_len: int, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of vLLM, the same for both modes: empty weights, which are sent from the policy."""
+    cpu = device.type == "cpu"
+    kv_gib = settings.kv_cache_gib or (CPU_KV_GIB if cpu else None)
+    options: dict[str, Any] = {
+        "model": folder,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_len,
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the model's own defaults for sampling are not ours
+        "enforce_eager": settings.eager or cpu,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is drawn from
+        "worker_extension_cls": "rlvr_lightning.rollout.vllm.worker.Extension",
+        "weight_transfer_config": {"backend": "rlvr_lightning"},
+    }
+    options |= {"kv_cache_memory_bytes": int(kv_gib * 2**30)} if kv_gib else {}
+    options |= {} if cpu else {"gpu_memory_utilization": settings.memory_frac}
+    return options
+
+
+def sampling_options(sampling: Sampling, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams."""
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop_token_ids": list(stop_token_ids),
+        "ignore_eos": True,  # the stop tokens name it if it is to stop
+        "logprobs": 0,  # the sampled token's
+        "detokenize": False,
+    }
