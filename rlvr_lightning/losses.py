@@ -184,21 +184,8 @@ def policy_loss(  # noqa: PLR0913 (what there is to know of a token)
     # Filled, not multiplied by the mask: a masked token may hold an infinite value, and 0 * inf is NaN.
     policy_logprobs = policy_logprobs.masked_fill(~mask, 0.0)
     rollout_logprobs = rollout_logprobs.masked_fill(~mask, 0.0)
-    valid, gain = mask.float(), advantages[:, None]
-    metrics: dict[str, Tensor] = {}
-    denominator, weight = rollout_logprobs, valid
-    if objective.correction in ("truncate", "mask"):
-        denominator = policy_logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~mask, 0.0)
-        weight = correction_weights(denominator, rollout_logprobs, objective.correction, objective.correction_cap)
-        apart = (denominator - rollout_logprobs).exp() != weight
-        metrics["corrected"] = (apart * valid).sum()
-    ratio = importance_ratio(policy_logprobs, denominator, mask, objective.ratio)
-    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    per_token = -torch.minimum(ratio * gain, clipped * gain) * weight
-    with torch.no_grad():
-        metrics |= _told(policy_logprobs, rollout_logprobs, mask, objective)
-        was_clipped = ((ratio != clipped) & (ratio * gain > clipped * gain)).expand_as(mask)
-        metrics["clipped"] = (was_clipped * valid).sum()
+    valid = mask.float()
+    per_token, metrics = _surrogate(policy_logprobs, rollout_logprobs, old_logprobs, advantages, mask, objective)
     if objective.kl_coef > 0:
         assert ref_logprobs is not None, "a KL term needs reference log-probs"
         ref_logprobs = ref_logprobs.masked_fill(~mask, 0.0)
@@ -212,16 +199,31 @@ def policy_loss(  # noqa: PLR0913 (what there is to know of a token)
         metrics["entropy"] = (entropy.detach() * valid).sum()
     weights = token_weights(mask, objective.normalization, counts)
     gap = (policy_logprobs.detach() - rollout_logprobs).abs()
-    largest = gap.max() if gap.numel() else gap.sum()
-    return LossOutput(loss=(per_token * weights).sum(), metrics=metrics, maxima={"rollout_gap": largest})
+    metrics["rollout_gap"] = gap.sum()
+    maxima = {"rollout_gap": gap.max() if gap.numel() else gap.sum()}
+    return LossOutput(loss=(per_token * weights).sum(), metrics=metrics, maxima=maxima)
 
 
-def _told(policy_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, objective: Objective) -> dict[str, Tensor]:
-    """Of how far the policy is from the sampler."""
-    ratio = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
-    gap = (policy_logprobs - rollout_logprobs).abs() * mask
-    return {
-        "ratio": (ratio.expand_as(gap) * mask).sum(),
-        "rollout_kl": (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * mask).sum(),
-        "rollout_gap": gap.sum(),
-    }
+def _surrogate(
+    policy_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped term of each token [R, T], and what is told of it; log-probs are 0 where masked."""
+    metrics: dict[str, Tensor] = {}
+    denominator, weight, gain = rollout_logprobs, mask.float(), advantages[:, None]
+    if objective.correction in ("truncate", "mask"):
+        denominator = policy_logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~mask, 0.0)
+        weight = correction_weights(denominator, rollout_logprobs, objective.correction, objective.correction_cap)
+        metrics["corrected"] = (((denominator - rollout_logprobs).exp() != weight) * mask).sum()
+    ratio = importance_ratio(policy_logprobs, denominator, mask, objective.ratio)
+    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    with torch.no_grad():
+        to_sampler = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
+        metrics["ratio"] = (to_sampler.expand_as(mask) * mask).sum()
+        metrics["clipped"] = (((ratio != clipped) & (ratio * gain > clipped * gain)).expand_as(mask) * mask).sum()
+        metrics["rollout_kl"] = (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * mask).sum()
+    return -torch.minimum(ratio * gain, clipped * gain) * weight, metrics
