@@ -101,9 +101,15 @@ def as_list(gold: Any) -> list[str]:
 def usable_golds(golds: Sequence[str], verifier: Verifier) -> list[str | None]:
     """Right answers as they are compared, or None for those that nothing can be compared with."""
     texts = [plain(text) if (text := gold_text(gold)) is not None else None for gold in golds]
-    questions: list[Question] = [("parses", text) for text in texts if text and words(text) is None and "$" not in text]
+    sure = [text is not None and (words(text) is not None or rational(text) is not None) for text in texts]
+    questions: list[Question] = [
+        ("parses", text) for text, known in zip(texts, sure, strict=True) if text and not known and "$" not in text
+    ]
     parses = dict(zip(questions, verifier.verdicts(questions), strict=True))
-    return [text if text and (words(text) or parses.get(("parses", text)) == "true") else None for text in texts]
+    return [
+        text if text and (known or parses.get(("parses", text)) == "true") else None
+        for text, known in zip(texts, sure, strict=True)
+    ]
 
 
 def at_once(gold: str, answer: str) -> str | None:
