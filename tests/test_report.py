@@ -245,6 +245,21 @@ def test_heat_maps_by_hand() -> None:
     assert list(layers.text[0]) == ["2 of 200", "0 of 200"]
 
 
+def test_of_many_measurements_a_heat_map_shows_some_without_gaps() -> None:
+    """A gap of a pixel between cells of a pixel leaves nothing to see."""
+
+    def part(changed: int) -> dict[str, object]:
+        return {"entries": 7, "changed": {"bf16": changed}}
+
+    lines = [{"step": k, "last_step": part(3) | {"layers": {}, "kinds": {"mlp": part(k % 5)}}} for k in range(1, 302)]
+    chart = charts("Update sparsity", [Run("x", Path("x"), sparsity=lines)])[-1]
+    (heat,) = chart.figure.data
+    assert list(heat.x[:3]) == [1, 4, 7]
+    assert len(heat.x) == 101
+    assert heat.xgap == heat.ygap == 0
+    assert chart.caption.endswith("one of 3 measurements shown.")
+
+
 def test_markdown_says_what_the_page_says(root: Path, tmp_path: Path) -> None:
     write([root / "sgd", root / "adamw"], tmp_path / "r.md")
     text = (tmp_path / "r.md").read_text()
@@ -372,6 +387,19 @@ class Opened:
         return [url for url in self.asked if not url.startswith(("data:", "blob:"))]
 
 
+PAINTED = """() => Promise.all([...document.querySelectorAll('.hm image')].map(async (drawn) => {
+  const picture = new Image();
+  picture.src = drawn.getAttribute('href') || drawn.getAttribute('xlink:href');
+  await picture.decode();
+  const canvas = Object.assign(document.createElement('canvas'), {width: picture.width, height: picture.height});
+  const context = canvas.getContext('2d');
+  context.drawImage(picture, 0, 0);
+  const values = context.getImageData(0, 0, picture.width, picture.height).data;
+  return values.filter((value, index) => index % 4 == 3 && value > 0).length / (picture.width * picture.height);
+}))"""
+"""Of each heat map the share of pixels that show something."""
+
+
 def luminance(color: str) -> float:
     """Relative luminance (WCAG 2) of what a browser says a colour is."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
@@ -402,6 +430,7 @@ def test_every_chart_is_drawn_and_legible(browser, both: Path, scheme: str) -> N
         assert drawn == [len(figure["data"]) for figure in figures]
         # of two runs: 10 metrics, 4 owners, peaks, 4 definitions twice; heat maps of kinds and layers by definition
         assert drawn == [12, 8, 8, 2, 16, 8, 8, 8, 8]
+        assert min(opened.page.evaluate(PAINTED)) > 0.4  # most of each heat map, but for what changed nothing
         assert opened.said == []
         assert opened.fetched() == [both.as_uri()]
         assert min(contrasts(opened.page)) >= 4.5

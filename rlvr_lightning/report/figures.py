@@ -27,6 +27,8 @@ BATCHES = "batches of rollouts"
 STEPS = "optimizer steps"
 TOGETHER = 6
 """Charts of a figure: what a printed page holds."""
+COLUMNS = 150
+"""Measurements in a heat map, which is not much wider in pixels."""
 
 
 @dataclass(frozen=True)
@@ -270,8 +272,9 @@ def _heat(run: Run, names: Sequence[str], when: str, least: int) -> Chart:
     figure.update_xaxes(showgrid=False, nticks=4)
     figure.update_xaxes(showticklabels=len(rows) == 1, row=1)
     name_x(figure, STEPS, 1)
-    what = f"{WHEN[when]}, in each kind of matrix and each layer, by definition"
-    return Chart(f"{run.name}: share of weights {what}; logarithmic scale, blank where nothing changed.", figure)
+    what = f"share of weights {WHEN[when]}, in each kind of matrix and each layer, by definition"
+    some = f"; one of {_stride(run)} measurements shown" if _stride(run) > 1 else ""
+    return Chart(f"{run.name}: {what}; logarithmic scale, blank where nothing changed{some}.", figure)
 
 
 def _height(rows: int) -> float:
@@ -279,11 +282,13 @@ def _height(rows: int) -> float:
     return rows * max(8.0, min(22.0, 600 / rows))
 
 
+def _stride(run: Run) -> int:
+    return math.ceil(len(run.sparsity) / COLUMNS)
+
+
 def _map(run: Run, name: str, when: str, by: str) -> go.Heatmap:
-    parts, steps = _parts(run, when, by), [each["step"] for each in run.sparsity]
-    found: list[list[Any]] = [
-        [((each.get(when) or {}).get(by) or {}).get(part) for each in run.sparsity] for part in parts
-    ]
+    parts, lines = _parts(run, when, by), run.sparsity[:: _stride(run)]
+    found: list[list[Any]] = [[((each.get(when) or {}).get(by) or {}).get(part) for each in lines] for part in parts]
     shares = [[fraction(record, name) for record in row] for row in found]
     counts = [
         [
@@ -292,8 +297,9 @@ def _map(run: Run, name: str, when: str, by: str) -> go.Heatmap:
         ]
         for row in found
     ]
+    few = len(lines) <= 40 and len(parts) <= 40  # a gap between cells of a pixel or two would be all there is
     return go.Heatmap(
-        x=steps,
+        x=[each["step"] for each in lines],
         y=[
             f"layer {part}" if part.isdigit() else "outside layers" if by == "layers" else plain(part) for part in parts
         ],
@@ -302,6 +308,6 @@ def _map(run: Run, name: str, when: str, by: str) -> go.Heatmap:
         hovertemplate="step %{x}, %{y}: %{text}<extra></extra>",
         coloraxis="coloraxis",
         hoverongaps=False,
-        xgap=1,
-        ygap=1,
+        xgap=int(few),
+        ygap=int(few),
     )
