@@ -83,6 +83,8 @@ def pack(rollouts: Rollouts, per_row: int) -> Packed:
 
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    if per_row == 1:  # also behind the end: for transformers a 0 there begins another sequence, which takes a mask
+        position_ids = torch.arange(width).repeat(len(rows), 1)
     segment = torch.full((len(rows), width), -1, dtype=torch.long)  # 0 prompt, 1.. completions, -1 padding
     completion_ids = rollouts.completion_ids.cpu()
     predictors = []

@@ -7,6 +7,7 @@ import reference
 import torch
 from conftest import random_rollouts, tiny_causal_lm
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import find_packed_sequence_indices
 
 from rlvr_lightning.logprobs import Head, token_logprobs
 from rlvr_lightning.packing import pack, tree_mask
@@ -134,6 +135,13 @@ def test_packing_saves_the_prompt() -> None:
     tokens = {k: pack(rollouts, k).input_ids.numel() for k in (1, 6)}
     assert tokens[1] == 6 * 57
     assert tokens[6] == 50 + int(rollouts.lengths.sum())
+
+
+def test_padding_is_no_sequence_of_its_own() -> None:
+    rollouts = random_rollouts(prompt_lengths=(5, 1, 9), group=6)
+    packed = pack(rollouts, 1)
+    assert packed.mask is None
+    assert find_packed_sequence_indices(packed.position_ids) is None  # else transformers makes a mask of all pairs
 
 
 def test_tree_mask_equals_naive() -> None:
