@@ -25,6 +25,7 @@ COMMANDS = {
     "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "replay": ("rlvr_lightning.replay", "which completions of a batch make the gradient not finite: FOLDER"),
+    "recipes": ("rlvr_lightning.data.recipes", "list the data sets known by name: columns, prompt, reward"),
     "configs": ("rlvr_lightning.configuration", "list the packaged configs"),
 }
 

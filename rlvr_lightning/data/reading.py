@@ -65,7 +65,7 @@ class Reading:
             ValueError: no such data, a column is missing, an id stands twice, too few usable rows, or none.
         """
         table = load_table(self.path, self.config, self.split, self.streaming)
-        self._check_columns(table)
+        table = table.narrowed(self._columns(table))
         found, left_out = self._usable(table, num, seed)
         told = "; ".join(f"{why} ({table.places(sorted(rows))})" for why, rows in left_out.items())
         if not found:
@@ -80,13 +80,15 @@ class Reading:
         check_ids(table, found)
         return found
 
-    def _check_columns(self, table: Table) -> None:
+    def _columns(self, table: Table) -> list[str]:
+        """Names of the expected columns in the table; ValueError if one is missing."""
         here = [self.renamed.get(name, name) for name in self.expected]
         if missing := [name for name in here if name not in table.columns]:
             raise ValueError(
                 f"{table.name}: no column {missing[0]!r}; the columns are {', '.join(table.columns)}; "
                 f"expected are {', '.join(here)}; name yours in `columns`"
             )
+        return here
 
     def _usable(
         self, table: Table, num: int | None, seed: int
@@ -113,9 +115,8 @@ class Reading:
         return found, left_out
 
     def _shaped(self, row: Mapping[str, Any], number: int, seed: int) -> Problem:
-        if self.renamed:
-            row = {**row, **{name: row.get(here) for name, here in self.renamed.items()}}
-        return self.shape(row, random.Random(f"{seed}/{number}"))
+        expected = {name: row.get(self.renamed.get(name, name)) for name in self.expected}
+        return self.shape(expected, random.Random(f"{seed}/{number}"))
 
 
 class Gold:

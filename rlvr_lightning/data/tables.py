@@ -7,7 +7,7 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,12 @@ class Table:
     lines: Sequence[int] | None = None
     """Of a text file, where each row begins, from 1."""
     streamed: bool = False
+
+    def narrowed(self, columns: Sequence[str]) -> Table:
+        """The table without other columns, which may be large, where that spares reading them."""
+        if not hasattr(self.rows, "select_columns"):
+            return self
+        return replace(self, columns=columns, rows=self.rows.select_columns(list(dict.fromkeys(columns))))
 
     def drawn(self, shuffled: bool, seed: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Each row with its number, from 0: in order, or in one drawn with the seed; streamed rows are in order."""
