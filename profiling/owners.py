@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from rlvr_lightning import compute
+from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.logprobs import _TokenLogprobs
 from rlvr_lightning.optim import SGD, bits, update
 from rlvr_lightning.profiling.ledger import Ledger, of_phases
-from rlvr_lightning.profiling.sharding_counter import ShardingCounter
+from rlvr_lightning.profiling.sharding_counter import REDUCING, ShardingCounter
 from rlvr_lightning.rollout import hf
 from rlvr_lightning.rollout.attention import PromptPass
 from rlvr_lightning.rollout.cache import SharedCache
@@ -60,6 +61,7 @@ class Owners:
         self._module: GRPO | None = None
         self._parameters: list[Tensor] = []
         self._gradients: set[int] = set()
+        self._reducing: set[int] = set()
 
     @contextmanager
     def watching(self, module: GRPO) -> Iterator[None]:
@@ -96,7 +98,10 @@ class Owners:
             return
         # those of the first time: while FSDP has gathered a layer, it puts whole tensors in the place of shards
         self._parameters = parameters = self._parameters or list(module.policy.parameters())
-        self._gradients = {p.nbytes for p in parameters if p.requires_grad and p.nbytes > SMALL_BYTES}
+        trained = [p for p in parameters if p.requires_grad]
+        self._gradients = {local(p).nbytes for p in trained if local(p).nbytes > SMALL_BYTES}
+        wholes = {p.numel() * width for p in trained for width in (2, 4) if hasattr(p, "placements")}
+        self._reducing = {size for size in wholes if size > SMALL_BYTES}
         self.counter.own("weights", parameters)
         if module.reference is not None:
             for kept in module.reference._kept.values():
@@ -120,8 +125,13 @@ class Owners:
             self.peaks[self.phase] = dict(most)
 
     def _classify(self, label: str, size: int) -> str:
-        """Storages of exactly a parameter's size made by the backward pass are gradients before autograd says so."""
+        """Storages of exactly a parameter's size made by the backward pass are gradients before autograd says so.
+
+        Of a sharded one's whole size they are on their way to shards.
+        """
         backward = self.phase == "backward" and label in ("activations", "logits")
+        if backward and size in self._reducing:
+            return REDUCING
         return "gradients" if backward and size in self._gradients else label
 
     def _making(self, owner: str) -> Callable[[Any], Any]:

@@ -36,25 +36,24 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader
 
-from rlvr_lightning.delta import TensorDelta
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY, LoRA
 from rlvr_lightning.profiling.ledger import Ledger
 from rlvr_lightning.profiling.memory_worker import LengthParity, Shaped
-from rlvr_lightning.profiling.owners import Owners, replaced
+from rlvr_lightning.profiling.owners import Owners
 from rlvr_lightning.profiling.parameters import COUNTED
 from rlvr_lightning.profiling.predict import CUDA_OVERHEAD
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.simulate_numbers import WithoutNumbers
 from rlvr_lightning.profiling.simulate_rollout import longest_rollout, longest_rollouts
-from rlvr_lightning.profiling.simulate_world import Elsewhere, fake_processes, memory_of, quiet
+from rlvr_lightning.profiling.simulate_world import Elsewhere, fake_processes, memory_of, quiet, shapes_alone
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.schema import Rollouts, Sampling
 from rlvr_lightning.strategy import Sharded
@@ -78,15 +77,11 @@ class Simulated(Shaped):
     run: Run
 
     def configure_optimizers(self) -> Any:
-        """A reference that has changed as much as the settings say: which entries a step changes is in its numbers."""
+        """A reference that stays as it is: which entries a step changes is in its numbers."""
         configured = super().configure_optimizers()
         if self.reference is not None and self.reference.follows_changes:
-            optimizer = configured[0][0]
-            getattr(optimizer, "_listeners", []).clear()
-            vars(optimizer).pop("step", None)
-            for parameter, kept in self.reference._kept.items():
-                if isinstance(kept, TensorDelta):
-                    self.reference._kept[parameter] = _changed(kept, self.run.changed_frac)
+            getattr(configured[0][0], "_listeners", []).clear()
+            vars(configured[0][0]).pop("step", None)
         return configured
 
     def rollout(self, records: list[dict[str, Any]]) -> tuple[Rollouts, Scores, dict[str, float]]:
@@ -99,19 +94,9 @@ class Simulated(Shaped):
             longest_rollout(self.engine, run, self.sampling)
             self._phase("reward")
         rollouts = longest_rollouts(len(records), run)
-        rewards = [float(k % 2) for k in range(len(rollouts.truncated))]
-        return rollouts, Scores(total=torch.tensor(rewards), parts={}, failed=0), {}
-
-
-def _where_it_is(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Nothing moves: a shape has no place, and adapters are made in their dtype."""
-    return module
-
-
-def _changed(kept: TensorDelta, changed_frac: float) -> TensorDelta:
-    """A delta of a share of its tensor's entries."""
-    count = int(kept.numel * changed_frac)
-    return TensorDelta(kept.indices.new_empty(count), kept.values.new_empty(count), kept.numel)
+        with _disable_current_modes():  # rewards are numbers
+            scores = self.scorer(rollouts, records, self.failures_file)
+        return rollouts, scores, {}
 
 
 def check(run: Run) -> None:
@@ -159,12 +144,12 @@ def _step(config: Mapping[str, Any], run: Run) -> tuple[Simulated, Owners]:
         write_model(folder, config)
         stack.enter_context(fake_processes(run.processes))
         stack.enter_context(memory_of(run.device))
+        stack.enter_context(shapes_alone(run.changed_frac))
         module, trainer = module_of(Simulated, folder, run), trainer_of(run)
         module.run = run
         prompts = ceil(min(run.step_completions or run.micro_batch, 2 * run.micro_batch) / run.group_size)
         record: Any = {"prompt": "", "prompt_ids": [0], "index": 0}
         batches = [[record] * n * run.shard * run.replicate for n in (1, prompts)]
-        stack.enter_context(replaced(nn.Module, "_apply", lambda _: _where_it_is))
         stack.enter_context(WithoutNumbers(scratch=run.device == "cpu"))
         stack.enter_context(owners.watching(module))
         try:

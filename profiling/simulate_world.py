@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from torch import Tensor, nn
 
+from rlvr_lightning.delta import TensorDelta
+from rlvr_lightning.delta.tensor import index_dtype, local
 from rlvr_lightning.optim import update
 from rlvr_lightning.profiling.owners import replaced
 
@@ -70,6 +73,30 @@ def _fused(step: Callable[..., Any]) -> Callable[..., Any]:
         return torch.zeros((), dtype=torch.int32), None, None
 
     return stepped
+
+
+@contextmanager
+def shapes_alone(changed_frac: float) -> Iterator[None]:
+    """Let pass what torch and deltas refuse to do with tensors that have no numbers.
+
+    Modules stay what and where they are (adapters are made in their dtype); a delta has as many entries as the settings
+    say, of which nobody could tell which they are.
+    """
+
+    def stay(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return module
+
+    def between(old: Tensor, new: Tensor) -> TensorDelta:
+        whole = local(new)
+        count = int(whole.numel() * changed_frac)
+        indices = torch.empty(count, dtype=index_dtype(whole.numel()))
+        return TensorDelta(indices, torch.empty(count, dtype=new.dtype), whole.numel())
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(nn.Module, "to", lambda _: stay))
+        stack.enter_context(replaced(nn.Module, "cpu", lambda _: stay))
+        stack.enter_context(replaced(TensorDelta, "between", lambda _: between))
+        yield
 
 
 @contextmanager
