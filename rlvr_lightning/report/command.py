@@ -52,7 +52,7 @@ def write(paths: Sequence[Path], out: Path) -> str:
     text = make(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    return f"wrote {out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(text) / 2**20:.1f} MiB"
+    return f"wrote {out}: {len(runs)} run{'s' * (len(runs) > 1)}, {out.stat().st_size / 1024:,.0f} KiB"
 
 
 def main(argv: list[str]) -> int:
