@@ -21,7 +21,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+(?:[eE][+-]?[0-9]+)?")
 _TOLERANCE = 1e-6
 
 
-def tests_of(record: Mapping[str, Any]) -> Calls | list[Case]:
+def read_tests(record: Mapping[str, Any]) -> Calls | list[Case]:
     r"""The tests in a data record.
 
     Args:
@@ -31,7 +31,7 @@ def tests_of(record: Mapping[str, Any]) -> Calls | list[Case]:
         ValueError: it has none of them, or no tests in them.
 
     Example:
-        >>> [case] = tests_of({"inputs": ["1 2"], "outputs": ["3"]})
+        >>> [case] = read_tests({"inputs": ["1 2"], "outputs": ["3"]})
         >>> case.given, case.accepts("3 \n")
         ('1 2', True)
     """
@@ -56,10 +56,14 @@ def _begun(record: Mapping[str, Any]) -> str | None:
 
 
 def _cases(inputs: Sequence[Any], outputs: Sequence[Any]) -> list[Case]:
+    pairs = [(_text(given), _text(expected)) for given, expected in zip(*_paired(inputs, outputs), strict=True)]
+    return [Case(given=given, accepts=partial(same_output, expected)) for given, expected in pairs]
+
+
+def _paired(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"the record has {len(inputs)} inputs and {len(outputs)} outputs: as many are needed, and one")
-    pairs = zip(map(_text, inputs), map(_text, outputs), strict=True)
-    return [Case(given=given, accepts=partial(same_output, expected)) for given, expected in pairs]
+    return inputs, outputs
 
 
 def _text(value: Any) -> str:
@@ -73,14 +77,14 @@ def _apps(record: Mapping[str, Any]) -> Calls | list[Case]:
         tests = json.loads(tests) if isinstance(tests, str) else tests
     except ValueError as error:
         raise ValueError(f"input_output is not JSON: {error}") from None
+    if not isinstance(tests, Mapping) or not {"inputs", "outputs"} <= tests.keys():
+        raise ValueError(f"input_output must hold inputs and outputs, got {tests!r:.80}")
+    given, expected = _paired(tests["inputs"], tests["outputs"])
     if "fn_name" not in tests:
-        return _cases(tests["inputs"], tests["outputs"])
-    name = (
-        f"Solution().{tests['fn_name']}" if "class Solution" in (record.get("starter_code") or "") else tests["fn_name"]
-    )
-    if not tests["inputs"]:
-        raise ValueError("the record has no inputs")
-    return Calls(tests=[_call(name, *pair) for pair in zip(tests["inputs"], tests["outputs"], strict=True)])
+        return _cases(given, expected)
+    method = "class Solution" in (record.get("starter_code") or "")
+    name = f"Solution().{tests['fn_name']}" if method else tests["fn_name"]
+    return Calls(tests=[_call(name, *pair) for pair in zip(given, expected, strict=True)])
 
 
 def _call(name: str, args: Sequence[Any], expected: Any) -> str:

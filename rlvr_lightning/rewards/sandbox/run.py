@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,11 @@ from rlvr_lightning.rewards.sandbox.limits import Limits
 
 _START_LIMIT_S = 60.0  # a disk that sleeps, a machine with too much to do
 _END_LIMIT_S = 10.0
+_INFO_LIMIT_S = 1.0  # bubblewrap writes it before anything of ours runs
 _ANSWER_BYTES = 1 << 16  # above the output that it holds
+
+
+GONE = "the run has ended: a process of the sandbox was killed, or exceeded a limit"
 
 
 class RunEnded(Exception):
@@ -44,7 +49,7 @@ class Run:
         self.program, self.kind, self.limits, self.bwrap = program, kind, limits, bwrap
 
     def __enter__(self) -> Run:
-        self._folder = tempfile.mkdtemp(prefix="rlvr_") if self.bwrap is None else None
+        self._folder = tempfile.mkdtemp(prefix="rlvr_run_") if self.bwrap is None else None
         self._info: int | None = None
         self._deadline = time.monotonic() + _START_LIMIT_S
         try:
@@ -66,6 +71,7 @@ class Run:
             return subprocess.Popen(command, cwd=self._folder, env={}, start_new_session=True, bufsize=0, **pipes)
         filter_file = bubblewrap.filter_pipe()
         self._info, info_writing = os.pipe()
+        os.set_blocking(self._info, False)
         files = (filter_file, info_writing)
         try:
             command = bubblewrap.sandboxed(self.bwrap, self.limits, *files)
@@ -96,7 +102,8 @@ class Run:
         """The last line on the sandbox's own standard error."""
         assert self._process.stderr is not None
         self._kill()
-        lines = self._process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+        os.set_blocking(self._process.stderr.fileno(), False)  # whoever still holds it has nothing to say
+        lines = (self._process.stderr.read() or b"").decode("utf-8", "replace").strip().splitlines()
         return lines[-1] if lines else ""
 
     def send(self, value: Any) -> None:
@@ -109,7 +116,7 @@ class Run:
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise RunEnded("the run has ended") from None
+                raise RunEnded(GONE) from None
 
     def receive(self) -> Any:
         """The supervisor's next value; RunEnded if there is none in time, or it is none."""
@@ -127,7 +134,7 @@ class Run:
             self._wait(self._from, select.POLLIN)
             part = os.read(self._from, size - len(parts))
             if not part:
-                raise RunEnded("the run has ended")
+                raise RunEnded(GONE)
             parts += part
         return bytes(parts)
 
@@ -161,24 +168,23 @@ class Run:
         Bubblewrap ends after the first process of the sandbox, and the kernel ends that after all others: once
         bubblewrap has been waited for, nothing is left. So it is the first process that is killed, not bubblewrap.
         """
-        if self._process.poll() is None:
-            if self.bwrap is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._kill_first()
+        if self.bwrap is None:
+            _kill_session(self._process.pid)
+        elif self._process.poll() is None:
+            self._kill_first()
         self._process.wait()
 
     def _kill_first(self) -> None:
         assert self._info is not None
         try:
-            text = os.read(self._info, 1 << 12)  # written before anything of ours runs, or bubblewrap is at its end
-            first = int(json.loads(text)["child-pid"])
+            select.select([self._info], [], [], _INFO_LIMIT_S)
+            first = int(json.loads(os.read(self._info, 1 << 12))["child-pid"])
             watched = os.pidfd_open(first)
-        except (ValueError, KeyError, ProcessLookupError):
+        except (BlockingIOError, ValueError, KeyError, ProcessLookupError):
             self._process.kill()
             return
         try:
-            if _parent(first) == self._process.pid:
+            if _status(first, PARENT) == self._process.pid:
                 signal.pidfd_send_signal(watched, signal.SIGKILL)
             self._process.wait(_END_LIMIT_S)
         except (ProcessLookupError, subprocess.TimeoutExpired):
@@ -187,9 +193,20 @@ class Run:
             os.close(watched)
 
 
-def _parent(process: int) -> int | None:
+PARENT, SESSION = 1, 3  # fields of /proc/PID/stat, counted from that after the name
+
+
+def _status(process: int, field: int) -> int | None:
+    """A number the kernel tells of a process; None if there is no such process."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[field])
     except OSError:
         return None
-    return int(fields[1])
+
+
+def _kill_session(leader: int) -> None:
+    """Kill the processes of a session, but for those that have left it."""
+    for process in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
+        if _status(process, SESSION) == leader:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)

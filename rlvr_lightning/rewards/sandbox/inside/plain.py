@@ -90,7 +90,7 @@ def decode(data: bytes, referred: Callable[[int], Any] | None = None) -> Any:
         value, end = _get(data, 0, referred)
     except (IndexError, struct.error):
         raise ValueError("not a value: it ends early") from None
-    except (TypeError, RecursionError, UnicodeDecodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a value: {error}") from None
     if end != len(data):
         raise ValueError("not a value: it goes on after its end")

@@ -73,7 +73,7 @@ def run_calls(source: str, settings: dict[str, Any]) -> None:
     child = os.fork()
     if child == 0:
         nothing = os.open(os.devnull, os.O_RDWR)
-        _take({0: nothing, 1: nothing, 2: nothing, 3: requests, 4: replies}, settings)
+        _take({0: nothing, 1: nothing, 2: nothing, 3: requests, 4: replies})
         serve(source, 3, 4)
         os._exit(0)
     os.close(requests)
@@ -91,7 +91,7 @@ def run_cases(source: str, settings: dict[str, Any]) -> None:
         err, to_err = os.pipe()
         child = os.fork()
         if child == 0:
-            _take({0: given, 1: to_out, 2: to_err}, settings)
+            _take({0: given, 1: to_out, 2: to_err})
             as_main(source)
             return
         for file in (given, to_out, to_err):
@@ -121,13 +121,13 @@ def _input_file(text: bytes) -> int:
     return reading
 
 
-def _take(files: dict[int, int], settings: dict[str, Any]) -> None:
-    """In the new process: exactly these files, and a session of its own."""
+def _take(files: dict[int, int]) -> None:
+    """In the new process: exactly these files, and a group of its own."""
     kept = {to: os.dup2(file, FILES - 1 - to) for to, file in files.items()}  # first out of each other's way
     for to, file in kept.items():
         os.dup2(file, to)
     os.closerange(len(files), 1 << 16)
-    os.setsid()
+    os.setpgid(0, 0)
 
 
 def _watch(child: int, out: int, err: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _end(child: int, settings: dict[str, Any]) -> int:
     """Kill the program's process and all that it started; the exit status, negative for a signal."""
     with suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)
-        os.kill(-child, signal.SIGKILL)  # its session, as far as it can be known without a sandbox
+        os.kill(-child, signal.SIGKILL)  # its group: all that is known of what it started, without a sandbox
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     while settings["alone"]:
         try:
