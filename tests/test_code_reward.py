@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from rlvr_lightning.rewards import code_tests
 from rlvr_lightning.rewards.code_answer import CodeAnswer
-from rlvr_lightning.rewards.code_tests import program_of, same_output, read_tests
+from rlvr_lightning.rewards.code_tests import program_of, same_output
 from rlvr_lightning.rewards.sandbox import Calls, Limits
 from rlvr_lightning.rewards.score import score
 from rlvr_lightning.schema import Sample
@@ -203,7 +204,7 @@ def test_tests_are_found_in_the_columns_of_data_sets(name: str, reward: CodeAnsw
 )
 def test_a_record_without_tests_is_told_by_its_columns(record: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_tests(record)
+        code_tests.tests_of(record)
 
 
 @needs_bwrap
@@ -379,7 +380,7 @@ def paid(reward: CodeAnswer, problems: list[dict[str, Any]], programs: list[str]
 @needs_human_eval
 def test_human_eval_solutions_earn_and_broken_ones_do_not(reward: CodeAnswer) -> None:
     problems = human_eval()[::8]
-    assert len(problems) == 21 and all(isinstance(read_tests(problem), Calls) for problem in problems)
+    assert len(problems) == 21 and all(isinstance(code_tests.tests_of(problem), Calls) for problem in problems)
     solutions = [problem["canonical_solution"] for problem in problems]
     assert paid(reward, problems, solutions) == [1.0] * 21
     assert paid(reward, problems, [other_result(problem) for problem in problems]) == [0.0] * 21

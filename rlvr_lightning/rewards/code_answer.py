@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from rlvr_lightning.rewards.base import Reward
-from rlvr_lightning.rewards.code_tests import program_of, read_tests
+from rlvr_lightning.rewards.code_tests import program_of, tests_of
 from rlvr_lightning.rewards.sandbox import Calls, Limits, Sandbox, Verdict
 from rlvr_lightning.schema import Sample
 
@@ -17,7 +17,7 @@ class CodeAnswer(Reward):
     """1 if the program in a completion passes the tests of its record, else 0, or the share of tests it passes.
 
     Tests are outputs for given standard inputs, or Python code that calls the program's functions; where the columns
-    of a record hold them: `code_tests.read_tests`. Programs are run by `sandbox.Sandbox`. They have the standard library
+    of a record hold them: `code_tests.tests_of`. Programs are run by `sandbox.Sandbox`. They have the standard library
     and no other packages. Arguments of calls are copies, and results are compared as plain data (numbers, text, lists,
     tuples, sets, dicts): a change made in place is not seen, an object of a class of the program's equals nothing.
 
@@ -76,7 +76,7 @@ class CodeAnswer(Reward):
         return self._judged(program, sample.record)
 
     def _judged(self, program: str, record: Mapping[str, Any]) -> Verdict:
-        tests, stop = read_tests(record), self.credit == "all"
+        tests, stop = tests_of(record), self.credit == "all"
         if isinstance(tests, Calls):
             return self.sandbox.run_calls(program, tests, stop)
         return self.sandbox.run_cases(program, tests, stop)

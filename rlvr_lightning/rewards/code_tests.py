@@ -21,7 +21,7 @@ _DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]+(?:[eE][+-]?[0-9]+)?")
 _TOLERANCE = 1e-6
 
 
-def read_tests(record: Mapping[str, Any]) -> Calls | list[Case]:
+def tests_of(record: Mapping[str, Any]) -> Calls | list[Case]:
     r"""The tests in a data record.
 
     Args:
@@ -31,7 +31,7 @@ def read_tests(record: Mapping[str, Any]) -> Calls | list[Case]:
         ValueError: it has none of them, or no tests in them.
 
     Example:
-        >>> [case] = read_tests({"inputs": ["1 2"], "outputs": ["3"]})
+        >>> [case] = tests_of({"inputs": ["1 2"], "outputs": ["3"]})
         >>> case.given, case.accepts("3 \n")
         ('1 2', True)
     """
