@@ -35,6 +35,7 @@ from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
 from rlvr_lightning.checkpoint import DeltaCheckpoints
+from rlvr_lightning.data.curriculum import tell_curriculum
 from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
 from rlvr_lightning.kept_batch import about_batch, save_batch
@@ -202,6 +203,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         records = batch[self.ranks.rank :: self.ranks.size]
         rollouts, scores, seconds = self.rollout(records)
         self._log_scores(rollouts, scores)
+        self.log_dict(tell_curriculum(self, records, scores))
         experience = self.judge(rollouts, scores, records)
         if self.rollout_step == 0 and not self.ranks.any(bool(has_signal(scores.total, self.group_size).any())):
             rank_zero_warn(no_signal(self.last_samples, self.group_size))

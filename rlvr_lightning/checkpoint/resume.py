@@ -77,6 +77,7 @@ def data_settings(data: Any) -> Settings:
     return {
         "data.prompts_per_step": data.prompts_per_step,
         "data.seed": data.seed,
+        "data.curriculum": plain(data.curriculum),
         "data.train": f"{len(loader.records)} prompts, sha256 {hashlib.sha256(ids).hexdigest()[:12]}",
     }
 

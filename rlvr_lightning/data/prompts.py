@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rlvr_lightning.data.cleaning import Cleaning
+from rlvr_lightning.data.curriculum import Curriculum, RunningRates
 from rlvr_lightning.data.tables import check_ids, read_text_table
 
 Record = dict[str, Any]
@@ -90,6 +92,7 @@ class PromptLoader:
         records: what to serve.
         batch: records in a batch.
         seed: of the permutations; None serves the records in order.
+        curriculum: which problems an epoch serves, by their running pass rates; None serves all.
 
     Example:
         >>> loader = PromptLoader([{"index": i} for i in range(7)], batch=3, seed=None)
@@ -97,12 +100,16 @@ class PromptLoader:
         [[0, 1, 2], [3, 4, 5], [6]]
     """
 
-    def __init__(self, records: Sequence[Record], batch: int, seed: int | None) -> None:
+    def __init__(
+        self, records: Sequence[Record], batch: int, seed: int | None, curriculum: Curriculum | None = None
+    ) -> None:
         self.records = records
         self.batch = batch
         self.seed = seed
         self._epoch = 0
         self._served = 0  # batches of this epoch
+        start = [record.get("pass_rate") for record in records]  # measured before the run, see `Cleaning`
+        self.rates = RunningRates(curriculum, start) if curriculum else None
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.records), self.batch)
@@ -111,6 +118,8 @@ class PromptLoader:
     def __iter__(self) -> Iterator[list[Record]]:
         if self._served >= len(self):
             self._epoch, self._served = self._epoch + 1, 0
+        if self.rates and self._served == 0:
+            self.rates.then = list(self.rates.now)
         order = self.order(self._epoch)
         while self._served < len(self):
             self._served += 1  # before handing out: a checkpoint taken after this batch must not serve it again
@@ -122,13 +131,14 @@ class PromptLoader:
         order = list(range(len(self.records)))
         if self.seed is not None:
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
+        return self.rates.order(order, self.batch, epoch, self.seed or 0) if self.rates else order
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: epoch, and batches served in it."""
-        return {"epoch": self._epoch, "served": self._served, "records": len(self.records), "batch": self.batch}
+    def state_dict(self) -> dict[str, Any]:
+        """The position: epoch, and batches served in it; and with a curriculum what it knows of the problems."""
+        state = {"epoch": self._epoch, "served": self._served, "records": len(self.records), "batch": self.batch}
+        return state | ({"rates": self.rates.state_dict()} if self.rates else {})
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
         Raises:
@@ -139,7 +149,14 @@ class PromptLoader:
                 f"cannot resume: the checkpoint was taken with {state['records']} prompts in batches of "
                 f"{state['batch']}, now there are {len(self.records)} in batches of {self.batch}"
             )
+        if ("rates" in state) != bool(self.rates):
+            there, here = ("with", "without") if "rates" in state else ("without", "with")
+            raise ValueError(
+                f"data.curriculum: cannot resume: the checkpoint was taken {there} one, this run is {here}"
+            )
         self._epoch, self._served = state["epoch"], state["served"]
+        if self.rates:
+            self.rates.load_state_dict(state["rates"])
 
 
 class PromptData(LightningDataModule):
@@ -158,12 +175,14 @@ class PromptData(LightningDataModule):
         val_batch: prompts in a validation or test batch, over all ranks together.
         max_prompt_tokens: longest prompt that is kept.
         seed: of the order of training prompts.
+        cleaning: what is taken out of the training problems before anything is learned from them; None: nothing.
+        curriculum: set training problems aside while they are always or never solved; None: never.
 
     Raises:
         ValueError: a count is not positive; or, in `setup`, a source is empty, too small, or holds a bad record.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the YAML's `data:` block, flat on purpose)
         self,
         tokenizer: str,
         train: PromptSource | None = None,
@@ -173,6 +192,8 @@ class PromptData(LightningDataModule):
         val_batch: int = 64,
         max_prompt_tokens: int = 512,
         seed: int = 0,
+        cleaning: Cleaning | None = None,
+        curriculum: Curriculum | None = None,
     ) -> None:
         super().__init__()
         counts = {"prompts_per_step": prompts_per_step, "val_batch": val_batch, "max_prompt_tokens": max_prompt_tokens}
@@ -187,6 +208,8 @@ class PromptData(LightningDataModule):
         self.val_batch = val_batch
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
+        self.cleaning = cleaning
+        self.curriculum = curriculum
         self._loaders: dict[str, PromptLoader] = {}
 
     def setup(self, stage: str) -> None:
@@ -211,11 +234,32 @@ class PromptData(LightningDataModule):
         if self.train is None:
             raise ValueError("data.train is missing: name a source of prompts to fit on")
         records = encode(self.train, tokenizer, self.max_prompt_tokens, "data.train")
+        if self.cleaning is not None:
+            stages = {"val": self.val, "test": self.test}
+            benchmarks = {f"{at}.{name}": source for at, named in stages.items() for name, source in named.items()}
+            records = self.cleaning(records, benchmarks)
         if len(records) < self.prompts_per_step:
             raise ValueError(
                 f"data.train has {len(records)} prompts, fewer than data.prompts_per_step={self.prompts_per_step}"
             )
-        return PromptLoader(records, self.prompts_per_step, self.seed)
+        return PromptLoader(records, self.prompts_per_step, self.seed, self.curriculum)
+
+    def observe(self, pass_rates: Mapping[int, float]) -> float:
+        """Tell the curriculum how training problems were solved.
+
+        Args:
+            pass_rates: share of right completions, by the `index` of the record; the same on all ranks.
+
+        Returns:
+            The share of problems that it would serve now.
+        """
+        loader = self._loaders["train"]
+        if loader.rates is None:
+            raise ValueError("data.curriculum is not set: there is nothing to tell")
+        for row, record in enumerate(loader.records):
+            if (rate := pass_rates.get(record["index"])) is not None:
+                loader.rates.observe(row, rate)
+        return loader.rates.served_frac()
 
     def train_dataloader(self) -> PromptLoader:
         """Training batches."""
