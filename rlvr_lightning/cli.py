@@ -22,6 +22,7 @@ from rlvr_lightning.checkpoint import check_readable
 from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
+from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.profiling.timeline import MemoryTimeline, parse_steps
 from rlvr_lightning.strategy import Sharded
@@ -177,6 +178,25 @@ class RLVRCLI(LightningCLI):
         text = summary(self.at_start, self.trainer, time.monotonic() - self.started_s)  # asks all ranks for the folder
         if self.trainer.is_global_zero:
             print(text)
+
+    def before_validate(self) -> None:
+        """Measure problem by problem, and show our table rather than Lightning's."""
+        if isinstance(self.model, Evaluated):
+            self.model.keeps_problems = True
+            self.config_init[self.subcommand]["verbose"] = False
+
+    def after_validate(self) -> None:
+        """What was found."""
+        if isinstance(self.model, Evaluated) and self.trainer.is_global_zero:
+            print(self.model.report())
+
+    def before_test(self) -> None:
+        """As `before_validate`."""
+        self.before_validate()
+
+    def after_test(self) -> None:
+        """As `after_validate`."""
+        self.after_validate()
 
 
 def device_of(accelerator: str) -> torch.device:

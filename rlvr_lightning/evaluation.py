@@ -1,15 +1,33 @@
-"""Validation and testing of a policy: greedy and sampled pass@1 of every benchmark."""
+"""Validation and testing of a policy on benchmarks: greedy and sampled accuracy, with what is known of its error.
+
+Of every benchmark, and of `all` problems together where there are several:
+
+    greedy_pass@1     share of problems that the greedy completion gets right
+    pass@1, pass@k    chance that one of 1 or k sampled completions is right, estimated without bias
+    maj@k             accuracy of the most frequent answer among k sampled completions, where the verifier names answers
+    length_mean       tokens of a completion: of the sampled ones, or of the greedy one where none are sampled
+    truncated_frac    share of these that the length limit cut
+
+The draws depend on the seed, the problem and the number of the sample alone: not on batches or ranks, and they are the
+same at every validation.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 
-from rlvr_lightning.metrics import pass_rates
+from rlvr_lightning.checkpoint.start import digest_of
+from rlvr_lightning.evaluation_plan import Evaluation
+from rlvr_lightning.evaluation_table import Results, as_json, table
+from rlvr_lightning.problem_file import ProblemFile, Row, add_attempts, attempts, key_of, new_row
 from rlvr_lightning.ranks import Ranks
+from rlvr_lightning.rewards.base import names_answers
 from rlvr_lightning.schema import RolloutEngine, Sampling
 from rlvr_lightning.scoring import Scorer
 from rlvr_lightning.seeds import derive_seed
@@ -19,22 +37,26 @@ Record = dict[str, Any]
 
 
 class Evaluated(LightningModule):
-    """What a module with an engine and a verifier logs of its data module's problems; the first reward verifies.
-
-    The draws are the same at every validation. Where there are several benchmarks, `all` is of their problems together.
-    """
+    """What a module with an engine and a verifier measures of its data module's problems; the first reward verifies."""
 
     engine: RolloutEngine
     scorer: Scorer
     sampling: Sampling
     layout: Layout
-    val_samples: int
-    """Sampled completions per problem, beside the greedy one."""
+    evaluation: Evaluation
     seed: int
 
     def __init__(self) -> None:
         super().__init__()
-        self._passed: dict[tuple[str, str, str], list[float]] = {}
+        self.keeps_problems = False
+        """Write what is found of each problem to the run's folder, and go on from what an earlier run found."""
+        self.results: Results = {}
+        """Of the last validation or test."""
+        self._split = "val"
+        self._served = 0  # problems, of all ranks
+        self._failed = 0  # completions, of this one
+        self._found: dict[str, list[tuple[int, Row]]] = {}  # by benchmark, this rank's numbered problems
+        self._file: ProblemFile | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -51,37 +73,125 @@ class Evaluated(LightningModule):
         """Where completions go that made a reward fail."""
         return self.run_folder / "reward_failures.jsonl"
 
+    def on_validation_epoch_start(self) -> None:
+        """Look at the problems before anything is computed."""
+        self._begin("val", self.trainer.val_dataloaders)
+
+    def on_test_epoch_start(self) -> None:
+        """As `on_validation_epoch_start`."""
+        self._begin("test", self.trainer.test_dataloaders)
+
     def validation_step(self, batch: list[Record], batch_idx: int) -> None:
         """Answer the problems of the batch."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: list[Record], batch_idx: int) -> None:
         """As `validation_step`, on the test problems."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: list[Record], split: str) -> None:
-        records = batch[self.ranks.rank :: self.ranks.size]
-        prompts = [r["prompt_ids"] for r in records]
-        seeds = [derive_seed(self.seed, -1, r["index"], 0) for r in records]
-        modes = {"greedy_pass@1": (replace(self.sampling, temperature=0.0), 1)}
-        if self.val_samples:
-            modes["pass@1"] = (replace(self.sampling, temperature=1.0), self.val_samples)
-        verifier = next(iter(self.scorer.rewards))
-        for mode, (sampling, group) in modes.items():
-            rollouts = self.engine.generate(prompts, group, sampling, seeds)
-            scores = self.layout.tensor.first(self.scorer(rollouts, records, self.failures_file))
-            parts = scores.parts[verifier]
-            passed = (parts >= 1.0).float().view(-1, group).mean(1).tolist()
-            for record, share in zip(records, passed, strict=True):
-                self._passed.setdefault((split, record["benchmark"], mode), []).append(share)
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val/<benchmark>/greedy_pass@1` and `val/<benchmark>/pass@1`."""
-        rates = pass_rates(self.ranks.gather(self._passed))
-        self._passed = {}
-        for name, rate in rates.items():
-            self.log(name, rate, prog_bar=name.endswith("/pass@1") and name == next(reversed(rates)))
+        """Log `val/<benchmark>/greedy_pass@1` and the others."""
+        self.results = self._estimates()
+        main, last = "pass@1" if self.evaluation.samples else "greedy_pass@1", next(reversed(self.results), None)
+        for name, found in self.results.items():
+            for what, estimate in found.items():
+                self.log(f"{self._split}/{name}/{what}", estimate.mean, prog_bar=(name, what) == (last, main))
+        if failed := sum(self.ranks.gather(self._failed)):
+            rank_zero_warn(
+                f"the verifier failed on {failed} completions, which count as wrong; see {self.failures_file}"
+            )
+        if self._file is not None and self.trainer.is_global_zero:
+            self._file.describe(as_json(self.results))
 
     def on_test_epoch_end(self) -> None:
         """As `on_validation_epoch_end`."""
         self.on_validation_epoch_end()
+
+    def report(self) -> str:
+        """What was found, for people; on the first rank."""
+        assert self._file is not None
+        names = f"no majorities: the verifier {next(iter(self.scorer.rewards))!r} names no answers to vote with\n"
+        missing = names if self.evaluation.several and not self._votes else ""
+        return f"{table(self.results)}\n{missing}problems: {self._file.path}"
+
+    @property
+    def _votes(self) -> bool:
+        return names_answers(next(iter(self.scorer.rewards.values())))
+
+    def _begin(self, split: str, loader: Any) -> None:
+        self._split, self._served, self._failed, self._found, self._file = split, 0, 0, {}, None
+        self._check(getattr(loader, "records", []))
+        if not self.keeps_problems:
+            return
+        self._file = ProblemFile(self.run_folder / f"problems_{split}.jsonl", self.evaluation_settings())
+        if self.trainer.is_global_zero:
+            self._file.start()
+            bar = self.trainer.progress_bar_callback
+            print(self._file.told, flush=True) if bar is None else bar.print(self._file.told)
+        self._file.rows = self.layout.tensor.first(self.ranks.first(self._file.rows))
+
+    def _check(self, records: Sequence[Record]) -> None:
+        """Raise ValueError for a benchmark whose problems the verifier cannot judge."""
+        for name in dict.fromkeys(record["benchmark"] for record in records):
+            first = next(record for record in records if record["benchmark"] == name)
+            if error := self.scorer.why_not_judged(first):
+                raise ValueError(f"data.{self._split}.{name}: its problems cannot be judged: {error}")
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """All that decides what is found of a problem, code apart; by name, for JSON. All ranks must ask together."""
+        modes = self.evaluation.modes(self.sampling)
+        return {
+            "weights": digest_of(dict(self.named_parameters()), self.layout.shards)[:16],
+            "arithmetic": f"{getattr(self, 'compute_dtype', 'auto')}, trainer.precision {self.trainer.precision}",
+            "seed": self.seed,
+            "stop": self.scorer.stop,
+            "verifier": self.scorer.verifier.settings(),
+            "completions": self.evaluation.completions,
+        } | {name: asdict(how) | {"completions": num} for name, (how, num) in modes.items()}
+
+    def _evaluate(self, batch: list[Record]) -> None:
+        numbered = list(enumerate(batch, self._served))
+        self._served += len(batch)
+        known = self._file.rows if self._file is not None else {}
+        keys = {number: key_of(record) for number, record in numbered} if known else {}
+        done = [(number, known[keys[number]]) for number in keys if keys[number] in known]
+        todo = [(number, record) for number, record in numbered if keys.get(number) not in known]
+        mine, share = done[self.ranks.rank :: self.ranks.size], todo[self.ranks.rank :: self.ranks.size]
+        if todo:  # an engine may need all ranks, also those without a share
+            rows = self._answer([record for _, record in share])
+            mine += [(number, row) for (number, _), row in zip(share, rows, strict=True)]
+            self._keep(rows)
+        for name in dict.fromkeys(record["benchmark"] for record in batch):
+            self._found.setdefault(name, []).extend(pair for pair in mine if pair[1]["benchmark"] == name)
+
+    def _answer(self, records: list[Record]) -> list[Row]:
+        """A row for each problem."""
+        prompts = [record["prompt_ids"] for record in records]
+        seeds = [derive_seed(self.seed, -1, record["index"], 0) for record in records]
+        rows = [new_row(record) for record in records]
+        verifier = self.scorer.verifier
+        for mode, (sampling, num) in self.evaluation.modes(self.sampling).items():
+            rollouts = self.engine.generate(prompts, num, sampling, seeds)
+            scores = self.layout.tensor.first(verifier(rollouts, records, self.failures_file))
+            texts = [s.text for s in verifier.samples(rollouts, records)] if self.evaluation.completions else []
+            self._failed += scores.failed
+            add_attempts(rows, mode, rollouts, scores, texts)
+        return rows
+
+    def _keep(self, rows: list[Row]) -> None:
+        if self._file is not None:
+            everyones = [row for part in self.ranks.gather(rows) for row in part]
+            if self.trainer.is_global_zero:
+                self._file.append(everyones)
+
+    def _estimates(self) -> Results:
+        groups = dict(self._found)
+        if len(groups) > 1:
+            groups.setdefault("all", [pair for pairs in groups.values() for pair in pairs])
+        results: Results = {}
+        for name, pairs in groups.items():
+            results[name] = {}
+            for what, (mode, metric) in self.evaluation.measures(self.ranks, self._votes).items():
+                metric.update([number for number, _ in pairs], [attempts(row, mode) for _, row in pairs])
+                results[name][what] = metric.compute()
+        return results

@@ -37,11 +37,12 @@ from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
 from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.data.curriculum import tell_curriculum
 from rlvr_lightning.evaluation import Evaluated
+from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
 from rlvr_lightning.kept_batch import about_batch, save_batch
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
-from rlvr_lightning.metrics import facts, score_metrics, summed, token_means
+from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
 from rlvr_lightning.optim.release import GradientRelease
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
@@ -79,7 +80,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         batching: sizes.
         handling: truncated completions, groups without signal, failing rewards.
         max_grad_norm: clip the gradient's global norm to this; 0 turns it off (unclipped SGD can destroy a model).
-        val_samples: sampled completions per problem in validation, beside the greedy one.
+        evaluation: what validation measures of each problem.
         lora: train adapters of this shape instead of the weights.
         dtype: of the stored weights.
         compute_dtype: of activations and arithmetic; `auto` is that of the weights, but float32 for 16-bit weights on a
@@ -112,7 +113,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         batching: Batching = Batching(),  # noqa: B008
         handling: Handling = Handling(),  # noqa: B008
         max_grad_norm: float = 1.0,
-        val_samples: int = 4,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
         lora: LoRA | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -133,7 +134,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
         self.group_size, self.advantage, self.objective = group_size, advantage, objective
         self.sampling, self.batching, self.handling = sampling, batching, handling
-        self.max_grad_norm, self.val_samples = max_grad_norm, val_samples
+        self.max_grad_norm, self.evaluation = max_grad_norm, evaluation
         self.lora, self.weights_dtype, self.compute_dtype = lora, getattr(torch, dtype), compute_dtype
         self.keep_reference, self.gradient_release = reference, gradient_release
         self.activation_checkpointing, self.seed = activation_checkpointing, seed
@@ -354,19 +355,26 @@ class GRPO(Evaluated, DeltaCheckpoints):
             listener(name)
 
     def _log_scores(self, rollouts: Rollouts, scores: Scores) -> None:
-        metrics = score_metrics(self.ranks.gather(facts(rollouts, scores, self.group_size)))
+        measured = RolloutMetrics(**over(self.ranks))
+        measured.update(rollouts, scores)
+        metrics = measured.compute()
         for name in ("reward/mean", "response/length_mean"):
             self.log(name, metrics.pop(name), prog_bar=True)
         self.log_dict(metrics)
 
     def _log_updates(self, made: list[dict[str, float]]) -> None:
         """Of all optimizer steps of a batch, those of the first before any weight had moved."""
-        of_ranks = self.ranks.gather((summed(made), made[0]))
-        sums, fresh = (summed(parts) for parts in zip(*of_ranks, strict=True))
-        mine, steps = of_ranks[0][0], of_ranks[0][0]["steps"]  # norms and counts of changes are global already
+        means, fresh = TokenMeans(**over(self.ranks)), TokenMeans(**over(self.ranks))
+        for sums in made:
+            means.update(sums)
+        fresh.update(made[0])
+        mine = summed(made)  # its norms and counts of changes are global already
+        own = torch.tensor([mine.get("loss", 0.0), mine["skipped"]], dtype=torch.float64)
+        loss, skipped = self.ranks.sum(own).tolist()
+        steps = mine["steps"]
         values = {
-            "train/loss": sums.get("loss", 0.0) / steps,
-            "train/skipped_groups": sums["skipped"],
+            "train/loss": loss / steps,
+            "train/skipped_groups": skipped,
             "train/nonfinite_steps": mine.get("nonfinite", 0.0),
             "update/grad_norm": mine.get("grad_norm", 0.0) / steps,
             "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
@@ -375,11 +383,11 @@ class GRPO(Evaluated, DeltaCheckpoints):
         if self.reference is not None:
             held = torch.tensor(self.reference.held_bytes(self.layout.shards), dtype=torch.float64)
             values["memory/reference_bytes"] = float(self.layout.shards.sum(held))
-        values |= token_means(sums)
+        values |= means.compute()
         if "policy/kl" in values:
             self.log("policy/kl", values.pop("policy/kl"), prog_bar=True)
-        if fresh["tokens"]:
-            values["policy/fresh_ratio_mean"] = self._check_fresh(fresh["ratio"] / fresh["tokens"])
+        if (ratio := fresh.compute().get("policy/ratio_mean")) is not None:
+            values["policy/fresh_ratio_mean"] = self._check_fresh(ratio)
         self.log_dict(values)
 
     def _check_fresh(self, ratio: float) -> float:

@@ -1,12 +1,21 @@
-"""What GRPO logs of a batch, over all ranks. Pure functions."""
+"""What is measured of completions and of problems: torchmetrics metrics, the same on one rank and on many."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from rlvr_lightning.advantage import has_signal
+from rlvr_lightning.estimates import interval, majority_at_k, pass_at_k
+from rlvr_lightning.ranks import Ranks
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.schema import Rollouts
 
@@ -16,61 +25,213 @@ PER_TOKEN = {
     "entropy": "entropy",
     "rollout_kl": "rollout_kl",
     "kl": "kl",
+    "kl_k1": "kl_k1",
+    "kl_k2": "kl_k2",
 }
-"""Metrics that are means over the tokens that went through the model, and the sums they are made of."""
+"""Metrics that are means over the tokens that went through the model, and the sums they are made of; `kl` is k3."""
 
 
-def facts(rollouts: Rollouts, scores: Scores, group: int) -> dict[str, list[float]]:
-    """Numbers of each completion or group, by name; the lists of several ranks can be joined."""
-    return {
-        "total": scores.total.tolist(),
-        "length": rollouts.lengths.tolist(),
-        "truncated": rollouts.truncated.tolist(),
-        "signal": has_signal(scores.total, group).tolist(),
-        "failed": [float(scores.failed)],
-    } | {f"part {name}": part.tolist() for name, part in scores.parts.items()}
+def over(ranks: Ranks) -> dict[str, Any]:
+    """Arguments of a metric that some ranks compute together, each with its share; without, all ranks of torch do."""
+
+    def gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
+        return ranks.gather(tensor)
+
+    return {"dist_sync_fn": gather, "distributed_available_fn": lambda: ranks.size > 1}
 
 
-def score_metrics(ranks: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
-    """Metrics of a batch of rollouts.
+class _Exact(Metric):
+    """A metric whose sums and counts are in double precision."""
 
-    Args:
-        ranks: what `facts` gave on each.
-    """
-    joined = {name: torch.tensor([x for part in ranks for x in part[name]]).double() for name in ranks[0]}
-    parts = {name: values for name, values in joined.items() if name.startswith("part ")}
-    metrics = {
-        "reward/mean": joined["total"].mean(),
-        "response/length_mean": joined["length"].mean(),
-        "reward/std": joined["total"].std(),
-        "reward/no_signal_frac": 1 - joined["signal"].mean(),
-        "reward/failed": joined["failed"].sum(),
-        "response/truncated_frac": joined["truncated"].mean(),
-    } | {f"reward/{name.removeprefix('part ')}": values.mean() for name, values in parts.items()}
-    return {name: float(value) for name, value in metrics.items()}
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.set_dtype(torch.float64)
 
 
-def pass_rates(ranks: Sequence[Mapping[tuple[str, str, str], list[float]]]) -> dict[str, float]:
-    """Mean share of correct answers.
+class TokenMeans(_Exact):
+    """`policy/...`: means over all tokens that went through the model.
 
     Args:
-        ranks: on each, (split, benchmark, mode) -> a share for every problem.
+        kwargs: of torchmetrics' Metric; see `over`.
 
-    Returns:
-        `split/benchmark/mode` -> mean over problems; also with `all` for the benchmark where there are several.
-
-    >>> a, b = ("val", "a", "pass@1"), ("val", "b", "pass@1")
-    >>> pass_rates([{a: [0.5, 1.0]}, {a: [0.0], b: [0.5]}])
-    {'val/a/pass@1': 0.5, 'val/b/pass@1': 0.5, 'val/all/pass@1': 0.5}
+    Example:
+        >>> metric = TokenMeans()
+        >>> metric.update({"tokens": 2.0, "ratio": 2.0})
+        >>> metric.update({"tokens": 6.0, "ratio": 8.0})
+        >>> metric.compute()
+        {'policy/ratio_mean': 1.25}
     """
-    joined: dict[tuple[str, str, str], list[float]] = {}
-    for part in ranks:
-        for key, shares in part.items():
-            joined.setdefault(key, []).extend(shares)
-    if len({benchmark for _, benchmark, _ in joined}) > 1:
-        for (split, _, mode), shares in list(joined.items()):
-            joined.setdefault((split, "all", mode), []).extend(shares)
-    return {"/".join(key): sum(shares) / len(shares) for key, shares in joined.items()}
+
+    sums: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(2, len(PER_TOKEN), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: Mapping[str, float]) -> None:
+        """Add sums over `tokens` tokens (see `PER_TOKEN`); what is not among them is not measured."""
+        for column, key in enumerate(PER_TOKEN.values()):
+            if key in sums:
+                self.sums[:, column] += torch.tensor([sums[key], sums["tokens"]], dtype=torch.float64)
+
+    def compute(self) -> dict[str, float]:
+        """By name; without what no token had."""
+        pairs = zip(PER_TOKEN, self.sums.T.tolist(), strict=True)
+        return {f"policy/{name}": total / tokens for name, (total, tokens) in pairs if tokens}
+
+
+class RolloutMetrics(_Exact):
+    """`reward/...` and `response/...`: of a batch of rollouts and what they earned.
+
+    Args:
+        kwargs: of torchmetrics' Metric; see `over`.
+    """
+
+    completions: list[Tensor]
+    groups: list[Tensor]
+    failed: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts: list[str] = []
+        self.add_state("completions", [], dist_reduce_fx="cat")  # rows, flattened: a rank may have none
+        self.add_state("groups", [], dist_reduce_fx="cat")
+        self.add_state("failed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, rollouts: Rollouts, scores: Scores) -> None:
+        """Add the rollouts of one rank, whole groups; every rank's scores have the same parts."""
+        self.parts = list(scores.parts)
+        columns = [scores.total, rollouts.lengths.cpu(), rollouts.truncated.cpu(), *scores.parts.values()]
+        self.completions.append(torch.stack([column.double() for column in columns], 1).flatten())
+        group = rollouts.group
+        distinct = torch.full((len(rollouts.prompt_ids),), torch.nan, dtype=torch.float64)
+        for prompt in range(len(distinct) if scores.answers else 0):
+            answers = set(scores.answers[prompt * group : (prompt + 1) * group]) - {None}
+            distinct[prompt] = len(answers)
+        signal = has_signal(scores.total, group) if len(distinct) else distinct
+        self.groups.append(torch.stack([signal.double(), distinct], 1).flatten())
+        self.failed += scores.failed
+
+    def compute(self) -> dict[str, float]:
+        """By name; `response/distinct_answers`, a mean over groups, only where the first reward names answers."""
+        total, length, truncated, *parts = dim_zero_cat(self.completions).view(-1, 3 + len(self.parts)).T
+        signal, distinct = dim_zero_cat(self.groups).view(-1, 2).T
+        metrics = {
+            "reward/mean": total.mean(),
+            "response/length_mean": length.mean(),
+            "reward/std": total.std(),
+            "reward/no_signal_frac": 1 - signal.mean(),
+            "reward/failed": self.failed,
+            "response/truncated_frac": truncated.mean(),
+        } | {f"reward/{name}": values.mean() for name, values in zip(self.parts, parts, strict=True)}
+        if not distinct.isnan().any():
+            metrics["response/distinct_answers"] = distinct.mean()
+        return {name: float(value) for name, value in metrics.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """Completions of one problem, drawn in the same way."""
+
+    correct: list[bool]
+    lengths: list[int]
+    """Tokens."""
+    truncated: list[bool]
+    answers: list[str | None] = field(default_factory=list)
+    """What each states; empty if the verifier names no answers."""
+
+
+class Estimate(NamedTuple):
+    """A mean over problems, and where it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int
+
+
+class ProblemMean(_Exact):
+    """Mean over problems of a value of each, with a bootstrap interval over the problems.
+
+    Args:
+        kwargs: of torchmetrics' Metric; see `over`.
+    """
+
+    numbered: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("numbered", [], dist_reduce_fx="cat")  # pairs, flattened: a rank may have none
+
+    @abstractmethod
+    def value(self, attempts: Attempts) -> float:
+        """Of one problem."""
+
+    def update(self, numbers: Sequence[int], problems: Sequence[Attempts]) -> None:
+        """Add problems.
+
+        Args:
+            numbers: a different one for each problem, whatever the number of ranks: they fix the order of resampling.
+            problems: the attempts at each.
+        """
+        pairs = [(float(number), self.value(each)) for number, each in zip(numbers, problems, strict=True)]
+        self.numbered.append(torch.tensor(pairs, dtype=torch.float64).flatten())
+
+    def compute(self) -> Estimate:
+        """Over the problems of all ranks, of which there must be one."""
+        numbers, values = dim_zero_cat(self.numbered).view(-1, 2).T
+        values = values[numbers.argsort()]
+        return Estimate(float(values.mean()), *interval(values), len(values))
+
+
+class PassAtK(ProblemMean):
+    """Chance that one of k attempts is right; k = 1 is the mean over attempts. See `estimates.pass_at_k`.
+
+    Example:
+        >>> metric = PassAtK(k=2)
+        >>> tries = [[True, False, False, False], [True, True, True, True]]
+        >>> metric.update([0, 1], [Attempts(correct=each, lengths=[1] * 4, truncated=[False] * 4) for each in tries])
+        >>> metric.compute()
+        Estimate(mean=0.75, low=0.5, high=1.0, problems=2)
+    """
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+
+    def value(self, attempts: Attempts) -> float:
+        """The unbiased estimate."""
+        return pass_at_k(sum(attempts.correct), len(attempts.correct), self.k)
+
+
+class MajorityAtK(ProblemMean):
+    """Whether the most frequent answer of k attempts is right: see `estimates.majority_at_k`."""
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+
+    def value(self, attempts: Attempts) -> float:
+        """Mean over runs of k attempts."""
+        return majority_at_k(attempts.answers, attempts.correct, self.k)
+
+
+class MeanLength(ProblemMean):
+    """Tokens of a completion."""
+
+    def value(self, attempts: Attempts) -> float:
+        """Mean over attempts."""
+        return mean(attempts.lengths)
+
+
+class TruncatedShare(ProblemMean):
+    """Completions cut by the length limit."""
+
+    def value(self, attempts: Attempts) -> float:
+        """Share of the attempts."""
+        return mean(map(float, attempts.truncated))
 
 
 def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -84,10 +245,3 @@ def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, value in part.items():
             total[name] = total.get(name, 0.0) + value
     return total
-
-
-def token_means(sums: Mapping[str, float]) -> dict[str, float]:
-    """Metrics `policy/...` from sums over tokens; none if no token went through the model."""
-    if not sums.get("tokens"):
-        return {}
-    return {f"policy/{name}": sums[key] / sums["tokens"] for name, key in PER_TOKEN.items() if key in sums}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from rlvr_lightning.rewards.base import Reward
-from rlvr_lightning.rewards.score import Scores, score
+from rlvr_lightning.rewards.score import Scores, judge, score
 from rlvr_lightning.schema import Rollouts, Sample
 
 Record = dict[str, Any]
 SHOWN = 3
+PLAIN = str | int | float | None | list | tuple | Mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,24 @@ class Scorer:
     """1 for a reward that is not named."""
     stop: list[str]
     """Strings that end a completion; what a reward sees ends before the first."""
+
+    @property
+    def verifier(self) -> Scorer:
+        """A scorer by the first reward alone, which says what is right."""
+        name = next(iter(self.rewards))
+        return replace(self, rewards={name: self.rewards[name]}, weights={})
+
+    def settings(self) -> dict[str, Any]:
+        """Classes of the rewards and their arguments, as far as they are plain values."""
+        return {name: [type(reward).__qualname__, plain_values(vars(reward))] for name, reward in self.rewards.items()}
+
+    def why_not_judged(self, record: Record) -> str | None:
+        """Why no completion of a record could be scored, in a line; None if they can."""
+        probe = Sample(prompt=record["prompt"], text="?", token_ids=[0], record=record)
+        for name, reward in self.rewards.items():
+            if failures := judge(reward, [probe])[1]:
+                return f"{name}: {failures[0].strip().splitlines()[-1]}"
+        return None
 
     def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
         """Decoded completions beside their records (P of them), as rewards see them; R samples."""
@@ -43,6 +63,20 @@ class Scorer:
     def __call__(self, rollouts: Rollouts, records: list[Record], failures_file: Path) -> Scores:
         """Rewards of R completions; what made a reward fail goes to the file."""
         return score(self.rewards, self.weights, self.samples(rollouts, records), failures_file)
+
+
+def plain_values(value: Any) -> Any:
+    """Of nested values those that read the same on every run.
+
+    >>> plain_values({"a": [1, "x", None], "b": print, "_c": 0})
+    {'a': [1, 'x', None]}
+    """
+    if isinstance(value, Mapping):
+        kept = {str(name): part for name, part in value.items() if not str(name).startswith("_")}
+        return {name: plain_values(part) for name, part in kept.items() if isinstance(part, PLAIN)}
+    return (
+        [plain_values(part) for part in value if isinstance(part, PLAIN)] if isinstance(value, list | tuple) else value
+    )
 
 
 def describe(samples: list[Sample], scores: Scores, advantages: Tensor, step: int) -> list[Record]:

@@ -15,7 +15,7 @@ FILES = sorted(
 )
 # Lower rooms know nothing of higher ones.
 FLOORS = [
-    {"schema", "seeds", "configuration", "heap", "ranks", "watch"},
+    {"schema", "seeds", "configuration", "estimates", "heap", "ranks", "watch"},
     {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
     {
         "experience",
@@ -30,6 +30,9 @@ FLOORS = [
         "metrics",
         "checkpoint",
         "evaluation",
+        "evaluation_plan",
+        "evaluation_table",
+        "problem_file",
     },
     {"grpo", "sft"},
     {"callbacks", "profiling"},
@@ -60,6 +63,7 @@ PURE = [
     "seeds",
     "experience",
     "ranks",
+    "estimates",
     "metrics",
 ]
 PURE += [f"delta/{name}" for name in ("sparse", "tensor", "digest", "codec", "file", "writer", "folder")]

@@ -17,6 +17,7 @@ from conftest import tiny_causal_lm
 from lightning.pytorch import Trainer
 
 from rlvr_lightning.data.prompts import PromptData, PromptSource
+from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.experience import Batching, Handling
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Counts, Objective
@@ -75,7 +76,7 @@ def module(folder: str, **settings) -> GRPO:
         "optimizer": SGD,
         "group_size": 4,
         "sampling": Sampling(max_tokens=9, temperature=0.8),
-        "val_samples": 2,
+        "evaluation": Evaluation(samples=2),
     }
     return GRPO(**defaults | settings)
 

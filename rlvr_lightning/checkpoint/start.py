@@ -50,13 +50,18 @@ def base_digest(module: nn.Module, ranks: Ranks = ALONE) -> str | None:
         ranks: that hold the shards between them, and share the work.
     """
     moving, frozen = in_base(module)
+    found = {model_name(name): parameter for name, parameter in (moving | frozen).items()}
+    return digest_of(found, ranks) if found else None
+
+
+def digest_of(tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> str:
+    """Digest of tensors, sharded or not, which sharding does not change; arguments as of `base_digest`."""
     mine = []
-    for index, (name, parameter) in enumerate((moving | frozen).items()):
-        everything = whole(parameter.detach())
+    for index, (name, tensor) in enumerate(tensors.items()):
+        everything = whole(tensor.detach())
         if index % ranks.size == ranks.rank:
-            mine.append((model_name(name), tensor_digest(model_name(name), everything)))
-    found = [pair for part in ranks.gather(mine) for pair in part]
-    return combine(found) if found else None
+            mine.append((name, tensor_digest(name, everything)))
+    return combine(pair for part in ranks.gather(mine) for pair in part)
 
 
 def model_name(name: str) -> str:

@@ -38,6 +38,11 @@ class FinalAnswer(Reward):
         """1.0 or 0.0 for each sample; KeyError if a record has no answer."""
         return [float(self._right(sample)) for sample in samples]
 
+    def answer(self, sample: Sample) -> str | None:
+        """The integer."""
+        stated = self._stated(sample)
+        return stated if stated is None else str(stated)
+
     def explain(self, sample: Sample) -> str:
         """What the text ends with."""
         _, found, tail = sample.text.rpartition(self.marker)
@@ -45,7 +50,9 @@ class FinalAnswer(Reward):
         return f"{tail if found else None!r:.60} after {self.marker!r}, right is {sample.record[self.field]!r}{cut}"
 
     def _right(self, sample: Sample) -> bool:
-        expected = int(sample.record[self.field])
+        return self._stated(sample) == int(sample.record[self.field])
+
+    def _stated(self, sample: Sample) -> int | None:
         _, found, tail = sample.text.rpartition(self.marker)
         stated = INTEGER.fullmatch(tail.strip())
-        return bool(found) and stated is not None and not sample.truncated and int(stated[0]) == expected
+        return int(stated[0]) if found and stated and not sample.truncated else None

@@ -39,6 +39,10 @@ class Choice(Reward):
         """1.0 or 0.0 for each sample; ValueError if a record's answer is no letter of its options."""
         return [float(self._chosen(sample) == self._right(sample)) for sample in samples]
 
+    def answer(self, sample: Sample) -> str | None:
+        """The letter."""
+        return self._chosen(sample)
+
     def explain(self, sample: Sample) -> str:
         """What was taken for the answer."""
         answer = answer_of(sample, self.extract)

@@ -47,6 +47,11 @@ class ExactMatch(Reward):
         """1.0 or 0.0 for each sample; KeyError if a record has no answer."""
         return [float(self._right(sample)) for sample in samples]
 
+    def answer(self, sample: Sample) -> str | None:
+        """The answer as it is compared."""
+        answer = answer_of(sample, self.extract)
+        return answer if answer is None else self._alike(answer)
+
     def explain(self, sample: Sample) -> str:
         """What was compared."""
         return f"{answer_of(sample, self.extract)!r:.60} against {sample.record[self.field]!r:.60}"
@@ -56,8 +61,10 @@ class ExactMatch(Reward):
         rights = [str(each) for each in right] if isinstance(right, list | tuple) else [str(right)]
         if answer is None:
             return False
-        alike = folded if self.ignore_case else str.strip
-        return alike(answer) in [alike(each) for each in rights]
+        return self._alike(answer) in [self._alike(each) for each in rights]
+
+    def _alike(self, text: str) -> str:
+        return folded(text) if self.ignore_case else text.strip()
 
 
 class NumericMatch(Reward):
@@ -85,6 +92,11 @@ class NumericMatch(Reward):
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """1.0 or 0.0 for each sample; ValueError if a record's answer is no finite number."""
         return [float(self._right(sample)) for sample in samples]
+
+    def answer(self, sample: Sample) -> str | None:
+        """The number."""
+        answer = number(answer_of(sample, self.extract) or "")
+        return answer if answer is None else str(answer.normalize() + 0)  # no -0
 
     def explain(self, sample: Sample) -> str:
         """What was compared."""

@@ -59,6 +59,15 @@ class MathAnswer(Reward):
         """1.0 or 0.0 for each sample; ValueError if a record's answer cannot be parsed, KeyError if it has none."""
         return [float(verdict == WHY["true"]) for _, verdict in self.judge(samples)]
 
+    def answer(self, sample: Sample) -> str | None:
+        r"""The answer as it is compared, without spaces: 2/4 and \frac{1}{2} are one, but 0.5 is another."""
+        text = bare(answer_of(sample, self.extract) or "")
+        if text is None:
+            return None
+        text = plain(text)
+        exact = rational(text)
+        return words(text) or ("".join(text.split()) if exact is None else str(exact))
+
     def explain(self, sample: Sample) -> str:
         """What was compared with what, and how it came out."""
         ((answer, verdict),) = self.judge([sample])

@@ -9,13 +9,13 @@ import math
 import traceback
 from collections.abc import Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rewards.base import Reward, names_answers
 from rlvr_lightning.schema import Sample
 
 
@@ -29,14 +29,19 @@ class Scores:
     """float32 [R] for each reward, before weighting; 0 where it failed."""
     failed: int
     """Completions for which some reward failed."""
+    answers: list[str | None] = field(default_factory=list)
+    """R: what the first reward takes for the answer, None also where that failed; empty if it names no answers."""
 
     def with_replaced(self, rows: Tensor, new: Scores) -> Scores:
         """These scores with some rows (int64 [n]) exchanged for those of newly sampled completions."""
-        rows = rows.cpu()
+        rows, answers = rows.cpu(), list(self.answers)
+        for row, answer in zip(rows.tolist(), new.answers, strict=bool(answers)):
+            answers[row] = answer
         return Scores(
             total=self.total.index_copy(0, rows, new.total),
             parts={name: part.index_copy(0, rows, new.parts[name]) for name, part in self.parts.items()},
             failed=self.failed + new.failed,
+            answers=answers,
         )
 
 
@@ -79,7 +84,21 @@ def score(
         total += weights.get(name, 1.0) * parts[name]
     if failures_file is not None and any(failures.values()):
         record_failures(failures, samples, failures_file)
-    return Scores(total=total, parts=parts, failed=len(set().union(*failures.values())))
+    failed = len(set().union(*failures.values()))
+    return Scores(total=total, parts=parts, failed=failed, answers=stated(next(iter(rewards.values())), samples))
+
+
+def stated(reward: Reward, samples: Sequence[Sample]) -> list[str | None]:
+    """What a reward takes for the answer of each sample, None where it fails; nothing if it names no answers."""
+    if not names_answers(reward):
+        return []
+    answers: list[str | None] = []
+    for sample in samples:
+        try:
+            answers.append(reward.answer(sample))
+        except Exception:  # whatever user code raises
+            answers.append(None)
+    return answers
 
 
 def check_weights(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:

@@ -40,6 +40,10 @@ class TaskReward(Reward):
         marks = [self._marks(sample) for sample in samples]
         return marks if self.partial else [float(mark >= 1.0) for mark in marks]
 
+    def answer(self, sample: Sample) -> str | None:
+        """The answer as it is judged."""
+        return answer_of(sample, self.extract)
+
     def explain(self, sample: Sample) -> str:
         """What was judged."""
         entry = sample.record.get("entry") or sample.record
