@@ -77,6 +77,7 @@ def measure(name: str, overrides: Sequence[str], limit_bytes: int = 0, snapshot:
     arguments = ["--config", str(path), *overrides]
     with tempfile.TemporaryDirectory() as folder:
         process = worker(Path(folder) / "process.json", arguments, limit_bytes, count=False)
+        _check_same(run, process.get("settings", {}))
         counted = worker(Path(folder) / "counted.json", arguments, limit_bytes, count=True)
         if snapshot and (found := Path(folder) / "process.pickle").is_file():
             snapshot.write_bytes(found.read_bytes())
@@ -98,6 +99,13 @@ def measure(name: str, overrides: Sequence[str], limit_bytes: int = 0, snapshot:
     if process["status"] == "out of memory":
         record["failed"] = said_of(process, limit_bytes)
     return Measurement(shape, run, record, ledgers)
+
+
+def _check_same(run: Run, settings: Mapping[str, Any]) -> None:
+    """A shortened name of a setting is understood by the parser of `fit`, and not here."""
+    for setting, value in settings.items():
+        if value != getattr(run, setting):
+            raise ValueError(f"{setting}: the run has {value}, the prediction {getattr(run, setting)}; name it in full")
 
 
 def _has_cuda() -> bool:

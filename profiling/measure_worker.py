@@ -72,6 +72,11 @@ class Measured(Callback):
             probe.reset()
             self.found |= {"method": probe.method, "before_bytes": probe.peak_bytes()}
             self._start_meter(probe)
+        self.found["settings"] = {
+            "max_tokens": pl_module.sampling.max_tokens,
+            "group_size": pl_module.group_size,
+            "rollout_batch": pl_module.batching.rollout_batch,
+        }
         folder = Path(pl_module.model_name)
         if folder.is_dir() and not list(folder.glob("*.safetensors")):
             self.found["weights"] = "random: the model's folder holds none"

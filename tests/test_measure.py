@@ -78,6 +78,11 @@ def test_a_killed_process_leaves_what_it_had_reached(tmp_path: Path) -> None:
     assert measure.said_of(found, 0).startswith("out of memory in reward, step 1; 0.")
 
 
+def test_a_setting_that_only_the_run_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*RUN, "--model.sampling.max_token", "5"]) == 2
+    assert capsys.readouterr().err == "error: max_tokens: the run has 5, the prediction 7; name it in full\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
