@@ -282,6 +282,13 @@ def test_large_inputs_and_outputs_pass(reward: CodeAnswer) -> None:
 
 
 @needs_bwrap
+def test_an_input_too_large_for_the_limits_is_an_error_of_the_settings() -> None:
+    small = CodeAnswer(limits=Limits(tmp_mib=1))
+    with pytest.raises(ValueError, match=r"limits.tmp_mib is 1; an input needs 2"):
+        small([sample("print(input())", {"inputs": ["x" * 400_000], "outputs": ["x"]})])
+
+
+@needs_bwrap
 @pytest.mark.parametrize(
     "value",
     ["None", "-0.5", "10**300", "1j", "'a\\u00e9'", "b'x'", "[1, [2, (3,)]]", "{1, 2}", "{'a': {1: None}}", "True"],

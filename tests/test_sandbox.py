@@ -269,6 +269,64 @@ def test_both_ways_to_be_nobody_run_programs(administrator: bool, monkeypatch: p
     assert int(printed[0]) > 1_000_000_000 if administrator else int(printed[0]) == 65534
 
 
+ORDINARY_USER = (
+    """
+import sys, types
+for name, path in (("rlvr_lightning", "."), ("rlvr_lightning.rewards", ".")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [path]
+from rlvr_lightning.rewards.sandbox import Calls, Case, Limits, Sandbox
+forks = """
+    + repr(
+        """
+import os, time
+made = 0
+try:
+    for _ in range(20):
+        if os.fork() == 0:
+            time.sleep(1)
+            os._exit(0)
+        made += 1
+except OSError:
+    print(made, os.getuid())
+"""
+    )
+    + """
+sandbox = Sandbox(Limits(processes=3))
+assert not sandbox.run_cases(forks, [Case(given="", accepts=lambda out: out == "2 65534\\n")]).why
+assert not sandbox.run_calls("def f(x): return 2 * x", Calls(tests=["assert f(2) == 4"])).why
+assert sandbox.run_calls("import os\\ndef f(x): os.kill(os.getppid(), 9)", Calls(tests=["assert f(2) == 4"])).why
+"""
+)
+
+
+@pytest.mark.skipif(not is_administrator() or not shutil.which("setpriv"), reason="needs root and setpriv")
+def test_an_ordinary_user_has_the_same_limits() -> None:
+    system = "/usr/bin/python3"
+    check = subprocess.run([system, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False)
+    if check.returncode:
+        pytest.skip("needs a Python that all users can read")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        shutil.copytree(Path(sandbox_module.__file__).parent, Path(folder) / "sandbox")
+        command = [
+            "setpriv",
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+            system,
+            "-B",
+            "-c",
+            ORDINARY_USER,
+        ]
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if "needs bubblewrap" in found.stderr:
+        pytest.skip("ordinary users may make no namespaces here")
+    assert found.returncode == 0, found.stderr
+
+
 def test_without_bubblewrap_there_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlvr_lightning.rewards.sandbox.bubblewrap.find", lambda: None)
     with pytest.raises(ValueError, match=r"not installed: install bubblewrap .* or set allow_weak_sandbox: true"):

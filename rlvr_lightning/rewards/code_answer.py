@@ -56,6 +56,12 @@ class CodeAnswer(Reward):
             return [verdict.passed / verdict.total for verdict in verdicts]
         return [float(verdict.passed == verdict.total) for verdict in verdicts]
 
+    def explain(self, sample: Sample) -> str:
+        """How many tests a sample passes, and its first failure."""
+        [verdict] = self.verdicts([sample])
+        counted = f"{verdict.passed} of {verdict.total} tests passed"
+        return f"{counted}; {verdict.why}" if verdict.why else counted
+
     def verdicts(self, samples: Sequence[Sample]) -> list[Verdict]:
         """What the tests say of each sample, and why; under `all` tests after the first failure are not run."""
         with ThreadPoolExecutor(max_workers=self.workers) as threads:

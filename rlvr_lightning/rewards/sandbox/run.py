@@ -51,6 +51,7 @@ class Run:
     def __enter__(self) -> Run:
         self._folder = tempfile.mkdtemp(prefix="rlvr_run_") if self.bwrap is None else None
         self._info: int | None = None
+        self._first: int | None = None
         self._deadline = time.monotonic() + _START_LIMIT_S
         try:
             self._process = self._started()
@@ -85,6 +86,7 @@ class Run:
             self.send(self._settings())
             if self.receive() != "ready":
                 raise RunEnded("it speaks of something else")
+            self._find_first()
             self._deadline = time.monotonic() + self.limits.wall_s
             self.send({"kind": self.kind, "program": self.program})
         except RunEnded as error:
@@ -163,34 +165,41 @@ class Run:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
-        """End the run.
+        """End the run: when this returns, nothing of it is left.
 
-        Bubblewrap ends after the first process of the sandbox, and the kernel ends that after all others: once
-        bubblewrap has been waited for, nothing is left. So it is the first process that is killed, not bubblewrap.
+        What is killed is the first process of the sandbox: the kernel lets it end after all others. Bubblewrap itself
+        may end before.
         """
         if self.bwrap is None:
             _kill_session(self._process.pid)
-        elif self._process.poll() is None:
-            self._kill_first()
+        else:
+            self._find_first()
+        if self._first is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._first, signal.SIGKILL)
+            select.select([self._first], [], [], _END_LIMIT_S)
+            os.close(self._first)
+            self._first = None
+        self._process.kill()
         self._process.wait()
 
-    def _kill_first(self) -> None:
-        assert self._info is not None
-        try:
-            select.select([self._info], [], [], _INFO_LIMIT_S)
-            first = int(json.loads(os.read(self._info, 1 << 12))["child-pid"])
-            watched = os.pidfd_open(first)
-        except (BlockingIOError, ValueError, KeyError, ProcessLookupError):
-            self._process.kill()
+    def _find_first(self) -> None:
+        """Take hold of the sandbox's first process, if bubblewrap has come so far as to make it."""
+        if self._info is None:
             return
+        select.select([self._info], [], [], _INFO_LIMIT_S)
         try:
-            if _status(first, PARENT) == self._process.pid:
-                signal.pidfd_send_signal(watched, signal.SIGKILL)
-            self._process.wait(_END_LIMIT_S)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            self._process.kill()
+            process = int(json.loads(os.read(self._info, 1 << 12))["child-pid"])
+            first = os.pidfd_open(process)
+        except (BlockingIOError, ValueError, KeyError, ProcessLookupError):
+            return
         finally:
-            os.close(watched)
+            os.close(self._info)
+            self._info = None
+        if _status(process, PARENT) == self._process.pid:
+            self._first = first
+        else:  # it has ended, and another has its number
+            os.close(first)
 
 
 PARENT, SESSION = 1, 3  # fields of /proc/PID/stat, counted from that after the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, allow_weak_sandbox: bool = False) -> None:
         self.limits = limits or Limits()
+        compileall.compile_dir(bubblewrap.FOLDER / "inside", quiet=2)  # for all runs to come, where it can be written
         self.bwrap = bubblewrap.find()
         problem = "it is not installed" if self.bwrap is None else self._problem()
         if problem and not allow_weak_sandbox:
@@ -96,8 +98,12 @@ class Sandbox:
 
         Raises:
             RuntimeError: the sandbox did not start.
+            ValueError: an input has no place in its /tmp, where it is read from.
         """
         passed, why = 0, ""
+        longest = max(len(case.given) for case in cases) * 4  # bytes of a character, at most
+        if longest > self.limits.tmp_mib << 20:
+            raise ValueError(f"limits.tmp_mib is {self.limits.tmp_mib}; an input needs {-(-longest // (1 << 20))}")
         with Run(program, "cases", self.limits, self.bwrap) as run:
             for number, case in enumerate(cases):
                 try:

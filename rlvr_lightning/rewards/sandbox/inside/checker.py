@@ -8,9 +8,12 @@ compared here, by code it cannot reach; an object of a class of its own stays th
 from __future__ import annotations
 
 import builtins
-from typing import Any
 
 from .plain import decode, encode, read_frame, write_frame
+
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 GONE = "its process ended or exceeded a limit"
 # Raised where an iterator asks, these would end a loop over tests early.
@@ -87,7 +90,7 @@ def _number(value: Any) -> int:
     return value._number
 
 
-class Names(dict[str, Any]):
+class Names(dict):
     """Global names of the tests; those nobody defined are the program's."""
 
     def __init__(self, channel: Channel) -> None:

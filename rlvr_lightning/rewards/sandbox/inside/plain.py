@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 _SIZE = struct.Struct("<I")
 _FLOAT = struct.Struct("<d")

@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import resource
 import select
-import signal
 import sys
 import time
-from contextlib import suppress
+from _signal import SIG_DFL, SIGINT, SIGKILL, signal  # the module signal makes enumerations of all signals
 from types import ModuleType
-from typing import Any
 
 from .checker import check
 from .plain import decode, encode, read_frame, write_frame
 from .program import serve
+
+TYPE_CHECKING = False  # typing takes longer to import than all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 FILES = 64  # open at a time
 ERROR_BYTES = 2000  # of what a program says on standard error: its end
@@ -26,7 +28,7 @@ ERROR_BYTES = 2000  # of what a program says on standard error: its end
 
 def main() -> None:
     """Serve one run; in the program's own process this returns, and the interpreter ends as that of any program."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else the program could interrupt this process
+    signal(SIGINT, SIG_DFL)  # else the program could interrupt this process
     settings = _received()
     confine(settings)
     write_frame(1, encode("ready"))
@@ -172,14 +174,18 @@ def _drain(file: int, parts: list[bytes], most: int) -> int:
 
 def _end(child: int, settings: dict[str, Any]) -> int:
     """Kill the program's process and all that it started; the exit status, negative for a signal."""
-    with suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-        os.kill(-child, signal.SIGKILL)  # its group: all that is known of what it started, without a sandbox
+    _kill(child)
+    _kill(-child)  # its group: all that is known of what it started, without a sandbox
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    while settings["alone"]:
-        try:
-            os.kill(-1, signal.SIGKILL)  # everybody in this process namespace but the first process and this one
-        except ProcessLookupError:
-            break
+    while settings["alone"] and _kill(-1):  # everybody in this process namespace but the first process and this one
         time.sleep(0.001)
     return status
+
+
+def _kill(target: int) -> bool:
+    """Kill whoever a number means to `os.kill`; whether there was somebody."""
+    try:
+        os.kill(target, SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
