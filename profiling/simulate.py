@@ -55,6 +55,7 @@ from rlvr_lightning.profiling.simulate_numbers import WithoutNumbers
 from rlvr_lightning.profiling.simulate_rollout import longest_rollout, longest_rollouts
 from rlvr_lightning.profiling.simulate_world import Elsewhere, fake_processes, memory_of, quiet, shapes_alone
 from rlvr_lightning.rewards.score import Scores
+from rlvr_lightning.rollout.hf import HFEngine
 from rlvr_lightning.schema import Rollouts, Sampling
 from rlvr_lightning.strategy import Sharded
 
@@ -91,6 +92,7 @@ class Simulated(Shaped):
             run = replace(run, prompt_tokens=1, max_tokens=1)
         else:
             self._phase("rollout")
+            assert isinstance(self.engine, HFEngine)
             longest_rollout(self.engine, run, self.sampling)
             self._phase("reward")
         rollouts = longest_rollouts(len(records), run)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -42,7 +43,7 @@ from rlvr_lightning.experience import Batching, Experience, Handling, check_sett
 from rlvr_lightning.kept_batch import about_batch, save_batch
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
-from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
+from rlvr_lightning.metrics import summed
 from rlvr_lightning.optim.release import GradientRelease
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
@@ -50,10 +51,13 @@ from rlvr_lightning.reference import Reference
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
+from rlvr_lightning.rollout.choose import Engine, Rollout, corrected, longest, settings_of, vllm_engine
+from rlvr_lightning.rollout.vllm.engine import VLLMEngine
 from rlvr_lightning.schema import Rollouts, Sampling, one_token
 from rlvr_lightning.scoring import Scorer, describe, no_signal
 from rlvr_lightning.seeds import derive_seed
 from rlvr_lightning.strategy import Layout, build_policy
+from rlvr_lightning.telling import log_scores, log_updates
 from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer, sharing
 
 if TYPE_CHECKING:
@@ -78,6 +82,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         sampling: how completions are drawn in training.
         stop: strings that end a completion, such as a newline; matched against single tokens.
         batching: sizes.
+        rollout: who draws completions: `hf`, the embedded engine; `vllm`, or settings of it.
         handling: truncated completions, groups without signal, failing rewards.
         max_grad_norm: clip the gradient's global norm to this; 0 turns it off (unclipped SGD can destroy a model).
         evaluation: what validation measures of each problem.
@@ -111,6 +116,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         sampling: Sampling = Sampling(),  # noqa: B008
         stop: list[str] | None = None,
         batching: Batching = Batching(),  # noqa: B008
+        rollout: Rollout = "hf",
         handling: Handling = Handling(),  # noqa: B008
         max_grad_norm: float = 1.0,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
@@ -128,11 +134,12 @@ class GRPO(Evaluated, DeltaCheckpoints):
         check_reference(reference, objective.kl_coef)
         follows = reference == "delta" and objective.kl_coef > 0 and not lora and dtype == "bfloat16"
         check_optimizer(optimizer, gradient_release, follows)
+        self.vllm = settings_of(rollout, lora is not None)
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
         self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
-        self.group_size, self.advantage, self.objective = group_size, advantage, objective
+        self.group_size, self.advantage, self.objective = group_size, advantage, corrected(objective, self.vllm)
         self.sampling, self.batching, self.handling = sampling, batching, handling
         self.max_grad_norm, self.evaluation = max_grad_norm, evaluation
         self.lora, self.weights_dtype, self.compute_dtype = lora, getattr(torch, dtype), compute_dtype
@@ -140,8 +147,9 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.activation_checkpointing, self.seed = activation_checkpointing, seed
         self.policy: Policy = cast(Policy, None)  # built, like the next two, by configure_model
         self.reference: Reference | None = None
-        self.engine: HFEngine = cast(HFEngine, None)
+        self.engine: Engine = cast(Engine, None)
         self.updates: Updates = cast(Updates, None)  # made with the optimizer
+        self.stale = False  # whether the batch was sampled before the weights moved last
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
         self.nonfinite_in_row = 0  # optimizer steps
         self.layout = Layout()
@@ -160,8 +168,14 @@ class GRPO(Evaluated, DeltaCheckpoints):
             self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
         self.remember_start(self.reference)
         stops, pad = stop_token_ids(self.tokenizer, self.scorer.stop), self.tokenizer.pad_token_id
-        size, runner = self.batching.rollout_batch, self.layout.runner(self.policy)
-        self.engine = HFEngine(self.policy.model, stops, pad, max_batch=size, runner=runner)
+        if self.vllm is None:
+            size, runner = self.batching.rollout_batch, self.layout.runner(self.policy)
+            self.engine = HFEngine(self.policy.model, stops, pad, max_batch=size, runner=runner)
+            return
+        prompt_tokens = getattr(getattr(self._trainer, "datamodule", None), "longest_prompt", 0)
+        room = longest(self.policy, prompt_tokens, self.sampling.max_tokens)
+        arithmetic = (self.compute_dtype, self._trainer)
+        self.engine = vllm_engine(self.policy, self.layout, self.vllm, self.model_name, (stops, pad), room, *arithmetic)
 
     def _new_policy(self, empty: bool) -> Policy:
         model = self.load_model(empty)
@@ -182,6 +196,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release, shards)
         if self.reference is not None:
             self.reference.listen(optimizer)
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.follow(optimizer)
         scheduler = with_warmup(optimizer, self.make_scheduler, self.warmup_steps)
         return [optimizer], [] if scheduler is None else [scheduler]
 
@@ -196,6 +212,17 @@ class GRPO(Evaluated, DeltaCheckpoints):
         if prompts := getattr(data, "prompts_per_step", None):
             check_batches(prompts, self.group_size, self.batching, self.gradient_release, sharing(trainer))
 
+    def on_fit_start(self) -> None:
+        """Start vLLM, if it samples: what it lacks is known now rather than later."""
+        super().on_fit_start()
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.start()
+
+    def teardown(self, stage: str) -> None:
+        """End vLLM."""
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.close()
+
     # ---- one training step ----
 
     def training_step(self, batch: list[Record], batch_idx: int) -> None:
@@ -203,7 +230,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         started = time.perf_counter()
         records = batch[self.ranks.rank :: self.ranks.size]
         rollouts, scores, seconds = self.rollout(records)
-        self._log_scores(rollouts, scores)
+        log_scores(self, rollouts, scores)
         self.log_dict(tell_curriculum(self, records, scores))
         experience = self.judge(rollouts, scores, records)
         if self.rollout_step == 0 and not self.ranks.any(bool(has_signal(scores.total, self.group_size).any())):
@@ -267,7 +294,11 @@ class GRPO(Evaluated, DeltaCheckpoints):
         if self.reference is not None:
             self._phase("reference")
             ref_logprobs = self._without_grad(self.reference.logprobs, rollouts)
-        return Experience(rollouts=rollouts, advantages=advantages, mask=mask, ref_logprobs=ref_logprobs)
+        experience = Experience(rollouts=rollouts, advantages=advantages, mask=mask, ref_logprobs=ref_logprobs)
+        if self.objective.correction == "none" or self.batching.minibatches * self.batching.passes == 1:
+            return experience  # the only update finds the policy as it is
+        before = self._without_grad(lambda some, temperature: self.policy(some, temperature).logprobs, rollouts)
+        return replace(experience, old_logprobs=before)
 
     def _without_grad(self, logprobs: Callable[[Rollouts, float], Tensor], rollouts: Rollouts) -> Tensor:
         """[R, T] log-probs in micro-batches of whole prompts."""
@@ -287,7 +318,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
                 self.nonfinite_in_row = self.nonfinite_in_row + 1 if "nonfinite" in made[-1] else 0
                 if self.nonfinite_in_row == self.handling.max_nonfinite_steps > 0:
                     raise ValueError(self._keep_batch(experience))
-        self._log_updates(made)
+        log_updates(self, made, cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"])
 
     def _keep_batch(self, experience: Experience) -> str:
         """Write the batch down for `replay`; returns why the run stops."""
@@ -333,10 +364,12 @@ class GRPO(Evaluated, DeltaCheckpoints):
             counts,
             entropy=now.entropy,
             ref_logprobs=micro.ref_logprobs,
+            old_logprobs=micro.old_logprobs,
         )
         self._phase("backward")
         self.updates.backward(out.loss * self.ranks.size)  # ranks are averaged, the weights are global
         metrics = {name: float(value) for name, value in out.metrics.items()}
+        metrics |= {f"{name}_max": float(value) for name, value in out.maxima.items()}
         return metrics | {"tokens": float(micro.mask.sum()), "loss": float(out.loss.detach())}
 
     def _idle_pass(self) -> None:
@@ -353,46 +386,3 @@ class GRPO(Evaluated, DeltaCheckpoints):
     def _phase(self, name: str) -> None:
         for listener in self.phase_listeners:
             listener(name)
-
-    def _log_scores(self, rollouts: Rollouts, scores: Scores) -> None:
-        measured = RolloutMetrics(**over(self.ranks))
-        measured.update(rollouts, scores)
-        metrics = measured.compute()
-        for name in ("reward/mean", "response/length_mean"):
-            self.log(name, metrics.pop(name), prog_bar=True)
-        self.log_dict(metrics)
-
-    def _log_updates(self, made: list[dict[str, float]]) -> None:
-        """Of all optimizer steps of a batch, those of the first before any weight had moved."""
-        means, fresh = TokenMeans(**over(self.ranks)), TokenMeans(**over(self.ranks))
-        for sums in made:
-            means.update(sums)
-        fresh.update(made[0])
-        mine = summed(made)  # its norms and counts of changes are global already
-        own = torch.tensor([mine.get("loss", 0.0), mine["skipped"]], dtype=torch.float64)
-        loss, skipped = self.ranks.sum(own).tolist()
-        steps = mine["steps"]
-        values = {
-            "train/loss": loss / steps,
-            "train/skipped_groups": skipped,
-            "train/nonfinite_steps": mine.get("nonfinite", 0.0),
-            "update/grad_norm": mine.get("grad_norm", 0.0) / steps,
-            "update/lr": cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"],
-        }
-        values |= {"update/changed_entries": mine["changed"]} if "changed" in mine else {}
-        if self.reference is not None:
-            held = torch.tensor(self.reference.held_bytes(self.layout.shards), dtype=torch.float64)
-            values["memory/reference_bytes"] = float(self.layout.shards.sum(held))
-        values |= means.compute()
-        if "policy/kl" in values:
-            self.log("policy/kl", values.pop("policy/kl"), prog_bar=True)
-        if (ratio := fresh.compute().get("policy/ratio_mean")) is not None:
-            values["policy/fresh_ratio_mean"] = self._check_fresh(ratio)
-        self.log_dict(values)
-
-    def _check_fresh(self, ratio: float) -> float:
-        """Before the first update the policy *is* the sampler: say so loudly when it is not."""
-        truncated_sampling = self.sampling.top_p < 1 or self.sampling.top_k > 0
-        if abs(ratio - 1) > 0.01 and not truncated_sampling:
-            rank_zero_warn(f"policy/fresh_ratio_mean is {ratio:.4f}, not 1: the sampler's weights are not the policy's")
-        return ratio

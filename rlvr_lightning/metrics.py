@@ -27,8 +27,12 @@ PER_TOKEN = {
     "kl": "kl",
     "kl_k1": "kl_k1",
     "kl_k2": "kl_k2",
+    "rollout_gap": "rollout_gap",
+    "corrected_frac": "corrected",
 }
 """Metrics that are means over the tokens that went through the model, and the sums they are made of; `kl` is k3."""
+MAXIMA = ("rollout_gap_max",)
+"""Largest values over such tokens."""
 
 
 def over(ranks: Ranks) -> dict[str, Any]:
@@ -65,21 +69,27 @@ class TokenMeans(_Exact):
     """
 
     sums: Tensor
+    largest: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("sums", torch.zeros(2, len(PER_TOKEN), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("largest", torch.full((len(MAXIMA),), -torch.inf, dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, sums: Mapping[str, float]) -> None:
         """Add sums over `tokens` tokens (see `PER_TOKEN`); what is not among them is not measured."""
         for column, key in enumerate(PER_TOKEN.values()):
             if key in sums:
                 self.sums[:, column] += torch.tensor([sums[key], sums["tokens"]], dtype=torch.float64)
+        found = torch.tensor([sums.get(name, -torch.inf) for name in MAXIMA], dtype=torch.float64)
+        self.largest = torch.maximum(self.largest, found)
 
     def compute(self) -> dict[str, float]:
         """By name; without what no token had."""
         pairs = zip(PER_TOKEN, self.sums.T.tolist(), strict=True)
-        return {f"policy/{name}": total / tokens for name, (total, tokens) in pairs if tokens}
+        means = {f"policy/{name}": total / tokens for name, (total, tokens) in pairs if tokens}
+        maxima = zip(MAXIMA, self.largest.tolist(), strict=True)
+        return means | {f"policy/{name}": value for name, value in maxima if value > -torch.inf}
 
 
 class RolloutMetrics(_Exact):
@@ -235,13 +245,14 @@ class TruncatedShare(ProblemMean):
 
 
 def summed(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Sums by name; a name that is missing somewhere counts 0 there.
+    """Sums by name, of names in `_max` the largest; a name that is missing somewhere counts 0 there.
 
-    >>> summed([{"a": 1.0}, {"a": 2.0, "b": 3.0}])
-    {'a': 3.0, 'b': 3.0}
+    >>> summed([{"a": 1.0, "c_max": 5.0}, {"a": 2.0, "b": 3.0, "c_max": 4.0}])
+    {'a': 3.0, 'c_max': 5.0, 'b': 3.0}
     """
     total: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
+            before = total.get(name, 0.0)
+            total[name] = max(before, value) if name.endswith("_max") else before + value
     return total

@@ -28,6 +28,7 @@ FLOORS = [
         "trainer_checks",
         "strategy",
         "metrics",
+        "telling",
         "checkpoint",
         "evaluation",
         "evaluation_plan",
@@ -39,6 +40,7 @@ FLOORS = [
     {
         "config_errors",
         "cli",
+        "compare",
         "dry_run",
         "export",
         "replay",

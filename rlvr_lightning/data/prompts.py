@@ -261,6 +261,12 @@ class PromptData(LightningDataModule):
                 loader.rates.observe(row, rate)
         return loader.rates.served_frac()
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that any loaded stage serves."""
+        loaders = self._loaders.values()
+        return max((len(record["prompt_ids"]) for loader in loaders for record in loader.records), default=0)
+
     def train_dataloader(self) -> PromptLoader:
         """Training batches."""
         return self._loaders["train"]

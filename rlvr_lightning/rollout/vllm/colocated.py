@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,19 +33,19 @@ class Colocated:
         self.sleeps = sleeps
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
 
-    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
-        """Completions in the order of the requests."""
+    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> dict[int, list[Answer]]:
+        """Completions by the place of their request."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests]
-        each = [SamplingParams(**options, seed=request.seed) for request in requests]
-        found = []
-        for output in self.llm.generate(prompts, each, use_tqdm=False):
-            first = output.outputs[0]
-            logprobs = [at[token].logprob for at, token in zip(first.logprobs, first.token_ids, strict=True)]
-            found.append(Answer(list(first.token_ids), logprobs, first.stop_reason is not None))
-        return found
+        each = [SamplingParams(**options, n=request.num, seed=request.seed) for request in requests]
+        made = self.llm.generate(prompts, each, use_tqdm=False)
+        return {k: [answer_of(one) for one in sorted(m.outputs, key=lambda o: o.index)] for k, m in enumerate(made)}
+
+    def recover(self) -> None:
+        """What this process could lose it has lost with itself."""
+        raise RuntimeError("rollout: vLLM did not finish its requests")
 
     def update(self, parts: Iterator[Part]) -> int:
         """Take in weights; returns the bytes that came."""
@@ -61,7 +62,7 @@ class Colocated:
 
     def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """SHA-256 of each tensor that the engine holds."""
-        return self.llm.collective_rpc("weight_digests", args=(dict(shapes),))[0]
+        return self.llm.collective_rpc("weight_digests", args=(json.dumps(dict(shapes)),))[0]
 
     def sleep(self) -> None:
         """Give the memory of the KV cache back, and keep the weights in host memory; a CPU cannot."""
@@ -76,6 +77,13 @@ class Colocated:
     def close(self) -> None:
         """End the engine."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def answer_of(made: Any) -> Answer:
+    """One of vLLM's completions."""
+    tokens = list(made.token_ids)
+    logprobs = [at[token].logprob for at, token in zip(made.logprobs, tokens, strict=True)]
+    return Answer(tokens, logprobs, made.stop_reason is not None)
 
 
 @contextmanager

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.sampling import stream_keys
+from rlvr_lightning.rollout.vllm.http import Lost
 from rlvr_lightning.rollout.vllm.requests import Answer, Request, sampling_options
 from rlvr_lightning.rollout.vllm.settings import VLLM
 from rlvr_lightning.rollout.vllm.sync import Part, WeightSync
 from rlvr_lightning.schema import Rollouts, Sampling
 
 log = logging.getLogger(__name__)
+ATTEMPTS = 4
 SEEDS = (1 << 62) - 1  # vLLM's are signed
 
 
 class Client(Protocol):
     """A vLLM, wherever it runs."""
 
-    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
-        """Completions in the order of the requests."""
+    def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> dict[int, list[Answer]]:
+        """Completions by the place of their request; without those that were left unfinished."""
+        ...
+
+    def recover(self) -> None:
+        """Be ready again, with any weights; RuntimeError if that cannot be."""
         ...
 
     def update(self, parts: Iterator[Part]) -> int:
@@ -57,32 +64,47 @@ class VLLMEngine:
     its samples are others than `HFEngine`'s. Log-probs are of the distribution that was drawn from.
 
     Args:
-        client: a started vLLM whose weights are of no worth.
+        start: starts vLLM, whose weights are of no worth yet.
         sync: of the policy's weights.
         stop_token_ids: tokens that end a completion.
         pad_token_id: fills completions behind their end.
         settings: how often digests are compared, and what is sent.
         max_len: of prompt and completion together.
         device: of the rollouts that it returns.
+        ranks: that call `generate` together, each with prompts of its own.
     """
 
     def __init__(
         self,
-        client: Client,
+        start: Callable[[], Client],
         sync: WeightSync,
         stop_token_ids: Sequence[int],
         pad_token_id: int,
         settings: VLLM,
         max_len: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.client, self.sync, self.settings = client, sync, settings
+        self._start, self.sync, self.settings, self.ranks = start, sync, settings, ranks
+        self._client: Client | None = None
         self.stop_token_ids, self.pad_token_id = list(stop_token_ids), pad_token_id
         self.max_len, self.device = max_len, device
         self.metrics: dict[str, float] = {}
         """Of the last sync: `rollout/sync_bytes`, `rollout/sync_dense_bytes` (what all weights take), `time/sync_s`."""
         self._syncs = 0
         self._told = False
+
+    def start(self) -> None:
+        """Start vLLM now, if it is not there."""
+        if self._client is None:
+            self._client = self._start()
+
+    @property
+    def client(self) -> Client:
+        """Started when first asked for."""
+        self.start()
+        assert self._client is not None
+        return self._client
 
     def follow(self, optimizer: Optimizer) -> None:
         """Learn from an optimizer what changes, if that is to be sent."""
@@ -105,12 +127,31 @@ class VLLMEngine:
         if longest > self.max_len:
             raise ValueError(f"sampling.max_tokens: with the longest prompt {longest} tokens, over {self.max_len}")
         self.client.wake()
-        self.catch_up()
-        keys = stream_keys(seeds, group).tolist() if prompts else []
-        requests = [Request(prompts[r // group], keys[r] & SEEDS) for r in range(len(keys))]
-        answers = self.client.sample(requests, sampling_options(sampling, self.stop_token_ids))
+        keys = stream_keys(seeds, 1).tolist() if prompts else []
+        requests = [Request(prompt, group, key & SEEDS) for prompt, key in zip(prompts, keys, strict=True)]
+        answers = self._sample(requests, sampling_options(sampling, self.stop_token_ids))
         self.client.sleep()
         return rollouts_of(prompts, answers, self.pad_token_id, self.device)
+
+    def _sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
+        """Completions in the order of the requests, each sampled to its end by one set of weights."""
+        found: dict[int, list[Answer]] = {}
+        for attempt in range(ATTEMPTS):
+            left = [k for k in range(len(requests)) if k not in found]
+            try:
+                if attempt:
+                    log.warning("rollout: sampling %d of %d prompts again", len(left), len(requests))
+                    self.client.recover()
+                    self.sync.forget()
+                self.catch_up()
+                answers = self.client.sample([requests[k] for k in left], options)
+            except Lost as error:
+                log.warning("rollout: a vLLM server was lost in an update: %s", error)
+                answers = {}
+            found |= {left[k]: those for k, those in answers.items()}
+            if not self.ranks.any(len(found) < len(requests)):
+                return [answer for k in range(len(requests)) for answer in found[k]]
+        raise RuntimeError(f"rollout: vLLM left {len(requests) - len(found)} prompts unfinished, {ATTEMPTS} times")
 
     def catch_up(self) -> None:
         """Bring the policy's weights over."""
@@ -148,8 +189,11 @@ class VLLMEngine:
             )
 
     def close(self) -> None:
-        """End vLLM."""
-        self.client.close()
+        """End vLLM; it is started again when it is needed."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+            self.sync.forget()
 
 
 def rollouts_of(

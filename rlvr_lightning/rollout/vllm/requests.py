@@ -16,9 +16,10 @@ CPU_KV_GIB = 0.25
 
 @dataclass(frozen=True)
 class Request:
-    """A completion to sample."""
+    """Some completions of a prompt to sample; the k-th has the seed `seed + k`, as vLLM counts."""
 
     prompt: Sequence[int]
+    num: int
     seed: int
 
 
@@ -30,6 +31,8 @@ class Answer:
     logprobs: list[float]
     stopped: bool
     """By a stop token, not by the limit."""
+    versions: tuple[str, ...] = ()
+    """Of the weights that it was sampled with, where the engine says so."""
 
 
 def engine_options(

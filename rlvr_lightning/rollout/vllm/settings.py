@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+LOCAL = re.compile(r"https?://(localhost|127\.0\.0\.1)(:|/|$)")
 VERSIONS = ((0, 32), (0, 33))
 """vLLM from the first of these, below the second."""
 
@@ -19,6 +21,8 @@ class VLLM:
     """In the training process, asleep while it trains; or in processes of its own, spoken to over HTTP."""
     urls: list[str] | None = None
     """Of servers that run already, such as http://node7:8000; null starts one on this machine."""
+    shared_folder: str | None = None
+    """For weights on their way to servers on other machines: a folder that all see under this name."""
     gpu: int | None = None
     """CUDA device of a server that is started here; null leaves the choice to it."""
     memory_frac: float = 0.4
@@ -39,6 +43,11 @@ class VLLM:
     def __post_init__(self) -> None:
         if self.urls is not None and (self.mode != "server" or not self.urls):
             raise ValueError("rollout.urls are of servers: set rollout.mode: server, and give at least one")
+        elsewhere = [url for url in self.urls or [] if not LOCAL.match(url)]
+        if elsewhere and self.shared_folder is None:
+            raise ValueError(
+                f"rollout.shared_folder: weights reach {elsewhere[0]} in files; name a folder both can see"
+            )
         if not 0 < self.memory_frac < 1:
             raise ValueError(f"rollout.memory_frac must lie in (0, 1), got {self.memory_frac}")
         if self.kv_cache_gib is not None and self.kv_cache_gib <= 0:

@@ -8,6 +8,7 @@ belong in fused and sharded weights. They come as tensors from the same process,
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,12 +99,16 @@ class Extension:
 
     model_runner: Any
 
-    def weight_digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    def weight_digests(self, shapes_json: str) -> dict[str, str]:
         """SHA-256 of what the engine holds for each tensor of a checkpoint, in the engine's dtype.
 
         The model's loader is run with empty tensors of these shapes, and where it would write, what is there is read
         instead: so it is read from where an update goes, whatever was fused.
+
+        Args:
+            shapes_json: name -> shape, as JSON, for only texts reach a server.
         """
+        shapes = json.loads(shapes_json)
         return {name: _read(self.model_runner.get_model(), name, tuple(shape)) for name, shape in shapes.items()}
 
 

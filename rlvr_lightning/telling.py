@@ -1,0 +1,71 @@
+"""What a module that learns from rollouts logs of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
+from rlvr_lightning.rewards.score import Scores
+from rlvr_lightning.schema import Rollouts
+
+
+def log_scores(module: Any, rollouts: Rollouts, scores: Scores) -> None:
+    """Rewards and lengths, over all ranks; called by all together."""
+    measured = RolloutMetrics(**over(module.ranks))
+    measured.update(rollouts, scores)
+    metrics = measured.compute()
+    for name in ("reward/mean", "response/length_mean"):
+        module.log(name, metrics.pop(name), prog_bar=True)
+    module.log_dict(metrics | getattr(module.engine, "metrics", {}))
+
+
+def log_updates(module: Any, made: Sequence[Mapping[str, float]], learning_rate: float) -> None:
+    """Of all optimizer steps of a batch, and of the first before any weight had moved; called by all ranks together.
+
+    Args:
+        module: a GRPO.
+        made: sums over this rank's tokens, of each optimizer step.
+        learning_rate: now.
+    """
+    means, fresh = TokenMeans(**over(module.ranks)), TokenMeans(**over(module.ranks))
+    for sums in made:
+        means.update(sums)
+    fresh.update(made[0])
+    mine = summed(made)  # its norms and counts of changes are global already
+    own = torch.tensor([mine.get("loss", 0.0), mine["skipped"]], dtype=torch.float64)
+    loss, skipped = module.ranks.sum(own).tolist()
+    steps = mine["steps"]
+    values = {
+        "train/loss": loss / steps,
+        "train/skipped_groups": skipped,
+        "train/nonfinite_steps": mine.get("nonfinite", 0.0),
+        "update/grad_norm": mine.get("grad_norm", 0.0) / steps,
+        "update/lr": learning_rate,
+    }
+    values |= {"update/changed_entries": mine["changed"]} if "changed" in mine else {}
+    if module.reference is not None:
+        held = torch.tensor(module.reference.held_bytes(module.layout.shards), dtype=torch.float64)
+        values["memory/reference_bytes"] = float(module.layout.shards.sum(held))
+    values |= means.compute()
+    if "policy/kl" in values:
+        module.log("policy/kl", values.pop("policy/kl"), prog_bar=True)
+    first = fresh.compute()
+    if "policy/ratio_mean" in first:
+        values |= {f"policy/fresh_{name}": first[f"policy/{name}"] for name in FRESH if f"policy/{name}" in first}
+        check_fresh(module, first["policy/ratio_mean"])
+    module.log_dict(values)
+
+
+FRESH = ("ratio_mean", "rollout_gap", "rollout_gap_max", "rollout_kl")
+"""How far the sampler was from the policy: before the first update only one's rounding or age is in it."""
+
+
+def check_fresh(module: Any, ratio: float) -> None:
+    """Before the first update the policy *is* the sampler: say so loudly when it is not."""
+    truncated_sampling = module.sampling.top_p < 1 or module.sampling.top_k > 0
+    if abs(ratio - 1) > 0.01 and not truncated_sampling and not module.stale:
+        rank_zero_warn(f"policy/fresh_ratio_mean is {ratio:.4f}, not 1: the sampler's weights are not the policy's")
