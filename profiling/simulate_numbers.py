@@ -44,6 +44,10 @@ class WithoutNumbers(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.scratch: dict[Any, Tensor] | None = {} if scratch else None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WithoutNumbers:
+        """A tensor's copy is of the same mode: torch's weak references do not survive to be copied."""
+        return self
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

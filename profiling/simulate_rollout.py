@@ -13,11 +13,11 @@ from rlvr_lightning.schema import Rollouts, Sampling
 
 
 class Longest(hf._Run):
-    """Sequences that never end, and of which tokens can be passed over."""
+    """Sequences that end at their limit, and of which tokens can be passed over."""
 
     def _settle(self, logits: Tensor, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         super()._settle(logits, rows, counts)
-        return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        return torch.zeros_like(rows), counts + 1 == self.sampling.max_tokens
 
     def pass_over(self, tokens: int) -> None:
         """Go on as if each sequence had so many own tokens in the cache."""
@@ -26,7 +26,7 @@ class Longest(hf._Run):
 
 
 def longest_rollout(engine: HFEngine, run: Run, sampling: Sampling) -> None:
-    """Read the prompts of as many sequences as go at once; then make room for their last tokens, and draw the last."""
+    """Read the prompts of as many sequences as go at once, draw their last tokens, and let others join."""
     prompts = [[0] * run.prompt_tokens] * (run.completions // run.group_size)
     walk = Longest(engine, prompts, run.group_size, sampling, range(len(prompts)))
     with torch.no_grad(), rollout_mode(engine.model), engine.runner.session():
@@ -35,14 +35,17 @@ def longest_rollout(engine: HFEngine, run: Run, sampling: Sampling) -> None:
         if before < 0:
             return
         room = before - before % COLUMNS
-        walk.pass_over(max(room - 1, 0))
-        walk.cache._resize(0)  # nothing is there yet to be moved
-        walk.step()
+        if room > 0:
+            walk.cache.column = room - COLUMNS
+            walk.cache._resize(0)  # nothing is there yet to be moved
+            walk.pass_over(room - 1)
+            walk.step()  # fills the room that was made
         if 0 < room < before:
-            walk.step()  # makes room, while what is there is moved
-        if before > 0:
-            walk.pass_over(before)
-            walk.step()
+            walk.step()  # makes more, and moves what is there
+        walk.pass_over(before)
+        walk.step()
+        if walk.queue:
+            walk.admit()  # while the room of those before is still there
 
 
 def longest_rollouts(prompts: int, run: Run) -> Rollouts:
