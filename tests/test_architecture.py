@@ -52,6 +52,7 @@ FLOORS = [
         "plots",
         "bench_tables",
         "report",
+        "analysis",
         "__main__",
     },
 ]

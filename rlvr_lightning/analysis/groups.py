@@ -1,0 +1,61 @@
+"""Names of groups of tensors, and sums over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from rlvr_lightning.callbacks.change_counts import kind_of, layer_of
+
+OUTSIDE = "none"
+"""The layer of embeddings, the output layer and the last norm."""
+Item = TypeVar("Item")
+
+
+def matrix_of(name: str) -> str:
+    """Which matrix of a layer a tensor is; norms are all one kind.
+
+    >>> matrix_of("model.layers.3.self_attn.q_proj.weight"), matrix_of("model.layers.0.mlp.experts.7.up_proj.weight")
+    ('attention q_proj', 'mlp up_proj')
+    >>> matrix_of("model.layers.3.self_attn.q_norm.weight"), matrix_of("h.0.attn.c_proj.bias")
+    ('norm', 'attention c_proj bias')
+    """
+    kind = kind_of(name)
+    if kind in ("norm", "embedding", "lm_head"):
+        return kind
+    *parts, last = [part for part in name.split(".") if not part.isdecimal()]
+    if last == "weight" and parts:
+        return f"{kind} {parts[-1]}"
+    return f"{kind} {parts[-1]} bias" if last == "bias" and parts else f"{kind} {last}"
+
+
+def by_group(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+    """Names of tensors by group; layers in the order of their numbers, other groups in that of their names.
+
+    >>> by_group(["h.10.w", "h.2.w", "wte"], layer_of)
+    {'2': ['h.2.w'], '10': ['h.10.w'], 'none': ['wte']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return dict(sorted(groups.items(), key=lambda item: (not item[0].isdecimal(), item[0].zfill(6))))
+
+
+def groupings(names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """All of them, those that are no norms and those that are; by kind of matrix; by layer."""
+    names = list(names)
+    norms = [name for name in names if kind_of(name) == "norm"]
+    parts = {"all": names, "all but norms": [n for n in names if kind_of(n) != "norm"], "norms": norms}
+    return {
+        "parts": {part: members for part, members in parts.items() if members},
+        "kinds": by_group(names, matrix_of),
+        "layers": by_group(names, layer_of),
+    }
+
+
+def cells(values: Mapping[str, Item]) -> dict[tuple[str, str], list[Item]]:
+    """Values of tensors by (layer, kind of matrix)."""
+    found: dict[tuple[str, str], list[Item]] = {}
+    for name, value in values.items():
+        found.setdefault((layer_of(name), matrix_of(name)), []).append(value)
+    return found
