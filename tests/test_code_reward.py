@@ -34,7 +34,7 @@ FENCED = "Think.\n```python\n{}\n```\nDone."
 
 @pytest.fixture(scope="module")
 def reward() -> CodeAnswer:
-    return CodeAnswer(limits=Limits(wall_s=60.0))
+    return CodeAnswer(limits=Limits(cpu_s=3, wall_s=60.0))
 
 
 def sample(program: str, record: dict[str, Any]) -> Sample:
@@ -324,6 +324,8 @@ def f(n):
         ("f = lambda x: 1", {"test_list": ["assert f(lambda: 1)"]}, "type function cannot be sent to the program"),
         ("import numpy", {"inputs": ["1"], "outputs": ["1"]}, "case 0: exit status 1: ModuleNotFoundError.*numpy"),
         ("print(2)", {"inputs": ["1"], "outputs": ["1"]}, "case 0: wrong output"),
+        ("import os; os.abort()", {"inputs": ["1"], "outputs": ["1"]}, "case 0: it was ended by SIGABRT$"),
+        ("while True: pass", {"inputs": ["1"], "outputs": ["1"]}, "ended by SIGXCPU, it took longer than cpu_s"),
         ("print('1' * 10**7)", {"inputs": [""], "outputs": ["1"]}, "more than output_mib"),
     ],
 )

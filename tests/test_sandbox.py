@@ -62,7 +62,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reward() -> CodeAnswer:
-    return CodeAnswer(limits=LIMITS, workers=2)
+    return CodeAnswer(credit="share", limits=LIMITS, workers=2)
 
 
 @dataclass
@@ -140,7 +140,8 @@ def attack(paths: list[Path], reward: CodeAnswer, host: Host) -> None:
     assert folders() <= files
     host.check()
     for path, verdict in zip(paths, verdicts, strict=True):
-        assert verdict.passed < verdict.total and verdict.why, path.stem
+        partly = "# earns part" in path.read_text()
+        assert (0 < verdict.passed < verdict.total if partly else verdict.passed == 0) and verdict.why, path.stem
     for verdict in (calls, cases):
         assert verdict.passed == verdict.total, verdict.why
 
@@ -151,7 +152,7 @@ def test_a_hostile_program_earns_and_harms_nothing(path: Path, reward: CodeAnswe
 
 
 def test_hostile_programs_that_wait_for_their_time_to_end(host: Host) -> None:
-    attack(WAITING, CodeAnswer(limits=LIMITS, workers=len(WAITING) + 1), host)
+    attack(WAITING, CodeAnswer(credit="share", limits=LIMITS, workers=len(WAITING) + 1), host)
 
 
 def test_most_cheats_would_be_paid_where_the_asserts_share_their_interpreter() -> None:

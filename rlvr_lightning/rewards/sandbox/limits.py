@@ -15,7 +15,7 @@ class Limits:
     """
 
     cpu_s: int = 5
-    """Processor time of a process. On standard input each case is a process of its own."""
+    """Processor time of a process, and one more if it ignores that. On standard input each case is a process."""
     wall_s: float = 15.0
     """The whole run, all cases of it; on a busy machine it is the one that honest programs meet."""
     memory_mib: int = 2048

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,8 @@ def _problem(outcome: dict[str, Any], case: Case) -> str:
     if outcome["too_much"]:
         return "it printed more than output_mib"
     if outcome["status"] < 0:
-        return f"it was ended by signal {-outcome['status']}"
+        name = signal.Signals(-outcome["status"]).name
+        return f"it was ended by {name}{', it took longer than cpu_s' if name == 'SIGXCPU' else ''}"
     if outcome["status"]:
         lines = outcome["error"].decode("utf-8", "replace").strip().splitlines()
         return f"exit status {outcome['status']}: {lines[-1] if lines else ''}"[:300]

@@ -54,7 +54,6 @@ def confine(settings: dict[str, Any]) -> None:
         os.setresuid(*[settings["uid"]] * 3)
     limits = {
         resource.RLIMIT_AS: settings["share_bytes"],
-        resource.RLIMIT_CPU: settings["cpu_s"],
         resource.RLIMIT_FSIZE: settings["file_bytes"],
         resource.RLIMIT_NOFILE: FILES,
         resource.RLIMIT_CORE: 0,
@@ -66,6 +65,8 @@ def confine(settings: dict[str, Any]) -> None:
         limits[resource.RLIMIT_NPROC] = settings["tasks"]
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
+    cpu_s = settings["cpu_s"]
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))  # first a signal that says why, then one that kills
 
 
 def run_calls(source: str, settings: dict[str, Any]) -> None:
