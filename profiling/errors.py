@@ -1,21 +1,22 @@
 """How far predicted and simulated memory are from counted real steps: `python -m rlvr_lightning.profiling.errors`.
 
 Models with random weights, of the shapes of the packaged tiny model, SmolLM2-135M and Qwen3-0.6B; SGD, AdamW and LoRA,
-with and without layers recomputed. Each cell is two real GRPO steps on a CPU in a process of its own, every storage
-counted by owner (`owners`), of 2 prompts x 6 completions of the longest length. Writes `results/profile_errors.json`.
+with and without layers recomputed. Each cell is two real GRPO steps on a CPU, every storage counted by owner
+(`owners`), of 2 prompts x 6 completions of the longest length. Writes `results/profile_errors.json`: the rows of the
+models named, beside those it has of others.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ SIZES: dict[str, Any] = {
     "step_completions": 12,
     "rollout_batch": 7,
     "prompt_tokens": 31,
-    "max_tokens": 33,
+    "max_tokens": 17,
     "device": "cpu",
 }
 MODES: dict[str, dict[str, Any]] = {
@@ -79,7 +80,7 @@ def run_of(mode: str, recomputed: bool) -> Run:
 
 
 def counted(config: Mapping[str, Any], run: Run) -> tuple[Longest, Ledger]:
-    """The module after two real steps, and what they held.
+    """The module after two real steps, and what they held; the first, of one prompt, makes the optimizer's state.
 
     Args:
         config: of the model, whose weights are drawn.
@@ -90,11 +91,12 @@ def counted(config: Mapping[str, Any], run: Run) -> tuple[Longest, Ledger]:
         write_model(Path(folder), config)
         torch.manual_seed(0)
         module, trainer = module_of(Longest, Path(folder), run), trainer_of(run)
-        prompts = run.completions // run.group_size
         ids = [1 + k % 5 for k in range(run.prompt_tokens)]
+        prompts = run.completions // run.group_size
         batch: list[Any] = [{"prompt": "", "prompt_ids": ids, "index": k} for k in range(prompts)]
+        batches: Any = DataLoader([batch[:1], batch], batch_size=None)  # type: ignore[arg-type]
         with owners.watching(module):
-            trainer.fit(module, train_dataloaders=DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+            trainer.fit(module, train_dataloaders=batches)
     return module, owners.ledger()
 
 
@@ -139,40 +141,29 @@ def tolerated(row: Mapping[str, Any], what: str) -> float:
     return TOLERATED[what] * (2 if what == "predicted" and row["model"] == "tiny" else 1)
 
 
-def apart(model: str, mode: str, recomputed: bool) -> dict[str, Any]:
-    """`cell` in a process of its own, whose memory is all its own."""
-    command = [sys.executable, "-m", __spec__.name, "--cell", model, mode, str(int(recomputed))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{model}, {mode}: status {done.returncode}: {done.stderr.strip()[-500:]}")
-    return dict(json.loads(lines[-1]))
-
-
 def main(argv: list[str]) -> int:
     """Make the record, or some models' part of it anew."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.cell:
-        print(json.dumps(cell(args.cell[0], args.cell[1], bool(int(args.cell[2])))))
-        return 0
     before = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     rows = {name: [row for row in before if row["model"] == name] for name in MODELS}
     for model in args.models:
         rows[model] = []
-        for mode in MODES:
-            for recomputed in (False, True):
-                row = apart(model, mode, recomputed)
-                print(f"{model}, {mode}, recomputed {recomputed}: {row['error']}", file=sys.stderr)
-                rows[model].append(row)
-        command = "python -m rlvr_lightning.profiling.errors"
-        record = {"command": command, "tolerated": TOLERATED, "environment": environment_record()}
-        args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(record | {"rows": [*chain(*rows.values())]}, indent=1) + "\n")
+        for mode, recomputed in product(MODES, (False, True)):
+            rows[model].append(cell(model, mode, recomputed))
+            print(f"{model}, {mode}, recomputed {recomputed}: {rows[model][-1]['error']}", file=sys.stderr)
+            _write(args.out, [*chain(*rows.values())])
+            gc.collect()
     return 0
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    command = "python -m rlvr_lightning.profiling.errors"
+    record = {"command": command, "tolerated": TOLERATED, "environment": environment_record(), "rows": rows}
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
