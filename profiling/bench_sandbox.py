@@ -24,6 +24,7 @@ from rlvr_lightning.rewards.code_answer import CodeAnswer
 from rlvr_lightning.rewards.sandbox.sandbox import Sandbox
 from rlvr_lightning.schema import Sample
 
+COMMAND = "python -m rlvr_lightning.profiling.bench_sandbox"
 ADDS = "print(sum(map(int, input().split())))"
 ONE_CASE = {"inputs": ["1 2\n"], "outputs": ["3\n"]}
 TEN_CASES = {"inputs": ["1 2\n"] * 10, "outputs": ["3\n"] * 10}
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios = {name: statistics.median(map(float.__truediv__, found, speeds["plain"])) for name, found in speeds.items()}
     bwrap = subprocess.run([str(Sandbox().bwrap), "--version"], capture_output=True, text=True, check=True).stdout
     record = {
-        "command": "python -m rlvr_lightning.profiling.bench_sandbox",
+        "command": f"{COMMAND} --runs {settings.runs} --rounds {settings.rounds}",
         "workers": settings.workers,
         "cores": os.cpu_count(),
         "load_before": load_before,

@@ -170,6 +170,14 @@ def test_most_cheats_would_be_paid_where_the_asserts_share_their_interpreter() -
         assert not verdict.why, name
 
 
+def test_a_program_that_ends_fails_also_a_test_that_swallows_everything(reward: CodeAnswer) -> None:
+    record = {"test_list": ["try:\n    double(1)\nexcept BaseException:\n    pass", "pass"]}
+    ends, raises = reward.verdicts(
+        [sample(f"import os\ndef double(x): {does}", record) for does in ("os._exit(0)", "raise ValueError")]
+    )
+    assert (ends.passed, raises.passed) == (0, 2)
+
+
 def test_right_answers_do_not_pay_for_a_process_left_behind(reward: CodeAnswer) -> None:
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n" + HONEST_CASES
     before = sandbox_processes()
@@ -228,7 +236,11 @@ if os.getpid() == first:
     assert len(got) == 3 and 200 < sum(got) <= 384
 
 
-def test_the_program_finds_no_more_than_python(host: Host) -> None:
+@pytest.mark.parametrize("administrator", [False, True])
+def test_the_program_finds_no_more_than_python(administrator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if administrator and not is_administrator():
+        pytest.skip("needs root")
+    monkeypatch.setattr("rlvr_lightning.rewards.sandbox.bubblewrap.is_administrator", lambda: administrator)
     program = """
 import glob, os, sys
 print(os.listdir("/tmp"), os.path.exists("/proc/self"), len(os.environ) < 4, os.path.exists("/bin/sh"))
