@@ -100,17 +100,21 @@ def interval(values: Tensor, seed: int = 0) -> tuple[float, float]:
 def paired_p(differences: Tensor, seed: int = 0) -> float:
     """Two-sided p-value of the mean of differences [n] being 0, by a bootstrap of the differences less their mean.
 
-    (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 16.)
+    (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 16.) Few differences say little, however
+    alike: with m of them not 0 it is never below 2 ** (1 - m), the chance of m fair coins falling all on one side.
 
     Example:
-        >>> paired_p(torch.zeros(7)), paired_p(torch.tensor([1.0, -1.0])), paired_p(torch.ones(3).cumsum(0)) < 0.01
-        (1.0, 1.0, True)
+        >>> paired_p(torch.zeros(7)), paired_p(torch.tensor([1.0, -1.0])), paired_p(torch.tensor([0.0, 0.5, 0.5]))
+        (1.0, 1.0, 0.5)
+        >>> paired_p(torch.ones(20)) < 0.001
+        True
     """
     differences = differences.double()
     mean = differences.mean()
     means = resampled_means(differences - mean, seed)
     extreme = int((means.abs() >= mean.abs() - 1e-12).sum())  # what is equal may differ in the last bit
-    return (1 + extreme) / (1 + len(means))
+    least = 2.0 ** (1 - int((differences != 0).sum()))
+    return min(1.0, max((1 + extreme) / (1 + len(means)), least))
 
 
 def mcnemar_p(only_one: int, only_other: int) -> float:

@@ -73,6 +73,11 @@ class Evaluated(LightningModule):
         """Where completions go that made a reward fail."""
         return self.run_folder / "reward_failures.jsonl"
 
+    def setup(self, stage: str) -> None:
+        """Refuse to validate on nothing; a fit may do without."""
+        if stage == "validate" and not getattr(self.trainer.datamodule, "val", True):  # type: ignore[attr-defined]
+            raise ValueError("data.val is missing: name at least one source of prompts to validate on")
+
     def on_validation_epoch_start(self) -> None:
         """Look at the problems before anything is computed."""
         self._begin("val", self.trainer.val_dataloaders)
@@ -139,15 +144,17 @@ class Evaluated(LightningModule):
 
     def evaluation_settings(self) -> dict[str, Any]:
         """All that decides what is found of a problem, code apart; by name, for JSON. All ranks must ask together."""
-        modes = self.evaluation.modes(self.sampling)
-        return {
+        found = {
             "weights": digest_of(dict(self.named_parameters()), self.layout.shards)[:16],
             "arithmetic": f"{getattr(self, 'compute_dtype', 'auto')}, trainer.precision {self.trainer.precision}",
             "seed": self.seed,
             "stop": self.scorer.stop,
             "verifier": self.scorer.verifier.settings(),
             "completions": self.evaluation.completions,
-        } | {name: asdict(how) | {"completions": num} for name, (how, num) in modes.items()}
+        }
+        for mode, (how, num) in self.evaluation.modes(self.sampling).items():
+            found |= {f"{mode}.{name}": value for name, value in (asdict(how) | {"completions": num}).items()}
+        return found
 
     def _evaluate(self, batch: list[Record]) -> None:
         numbered = list(enumerate(batch, self._served))
@@ -167,7 +174,8 @@ class Evaluated(LightningModule):
     def _answer(self, records: list[Record]) -> list[Row]:
         """A row for each problem."""
         prompts = [record["prompt_ids"] for record in records]
-        seeds = [derive_seed(self.seed, -1, record["index"], 0) for record in records]
+        # Of each benchmark others, or its problems would share their luck with another's of the same index.
+        seeds = [derive_seed(self.seed, -1, record["benchmark"], record["index"]) for record in records]
         rows = [new_row(record) for record in records]
         verifier = self.scorer.verifier
         for mode, (sampling, num) in self.evaluation.modes(self.sampling).items():

@@ -203,6 +203,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
 
     def setup(self, stage: str) -> None:
         """Check what the trainer and the data module bring."""
+        super().setup(stage)
         if stage == "fit":
             self.check(self.trainer, getattr(self.trainer, "datamodule", None))
 

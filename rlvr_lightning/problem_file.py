@@ -100,11 +100,11 @@ class ProblemFile:
         if same:
             rows, damaged = read_rows(same[0])
             self.rows = {key_of_row(row): row for row in rows}
-            lost = f" ({damaged} damaged lines are left out)" if damaged else ""
+            lost = f" (damaged lines: {damaged}, left out)" if damaged else ""
             self.told = f"{len(rows)} problems are done already, in {same[0]}{lost}; {self.told}"
         elif earlier:
             changed = differences(about(earlier[0]).get("settings") or {}, self.settings)
-            self.told = f"measuring anew, for since {earlier[0]} {changed}; {self.told}"
+            self.told = f"measuring anew: since {earlier[0]}, {changed}; {self.told}"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
         part.write_text("".join(map(line, self.rows.values())), encoding="utf-8")
