@@ -11,6 +11,7 @@ COMMANDS = {
     "fit": ("rlvr_lightning.cli", "train: --config NAME.yaml, then any overrides"),
     "validate": ("rlvr_lightning.cli", "measure a model (or --ckpt_path) on the held-out problems of a config"),
     "test": ("rlvr_lightning.cli", "the same on its test problems"),
+    "compare": ("rlvr_lightning.compare", "whether a model answers better than another, or by chance: RUN_A RUN_B"),
     "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
     "profile": (
         "rlvr_lightning.profiling.command",
