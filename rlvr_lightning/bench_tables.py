@@ -7,6 +7,7 @@
 <!-- bench scaling -->        bytes of each process by owner (`profiling/bench_scaling.py`)
 <!-- bench traffic -->        bytes that a process receives in a step, counted and in closed form
 <!-- bench traffic_models --> the same in closed form for larger models
+<!-- bench errors -->         predicted and simulated memory against counted (`profiling/errors.py`)
 <!-- bench same_numbers -->   runs in several processes against the same in one (`tests/test_strategy.py`)
 <!-- end -->
 """
@@ -209,6 +210,22 @@ def same_numbers_table(record: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def errors_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/errors.py`: the peak of a step, and how far from it prediction and simulation are."""
+    exact = ("weights", "gradients", "optimizer_state")
+    rows = [["model", "optimizer", "layers", "peak MiB, counted", "predicted", "simulated"]]
+    rows[0].append(", ".join(exact).replace("_", " ") + ": MiB predicted")
+    for row in record["rows"]:
+        errors = [f"{100 * row['error'][what]:+.1f} %" for what in ("predicted", "simulated")]
+        pairs = [row["exact"][owner] for owner in exact]
+        sizes = " + ".join(_mib(predicted) for predicted, _ in pairs)
+        same = "exact" if all(predicted == counted for predicted, counted in pairs) else "OFF"
+        layers = "recomputed" if row["recomputed"] else "kept"
+        peak = _mib(row["peak_bytes"]["measured"])
+        rows.append([row["model"], row["mode"], layers, peak, *errors, f"{sizes}, {same}"])
+    return markdown(rows)
+
+
 def _table(what: str, results: Path) -> str:
     """The table of one block."""
     if not what:
@@ -219,6 +236,7 @@ def _table(what: str, results: Path) -> str:
         "scaling": ("bench_scaling.json", scaling_table),
         "traffic": ("bench_scaling.json", traffic_table),
         "traffic_models": ("bench_scaling.json", traffic_models_table),
+        "errors": ("profile_errors.json", errors_table),
         "same_numbers": ("same_numbers.json", same_numbers_table),
     }
     file, make = makers.get(what, (f"bench_{what}.json", memory_table))
