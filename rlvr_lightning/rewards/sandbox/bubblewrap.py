@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rlvr_lightning.rewards.sandbox.limits import Limits
@@ -75,7 +76,8 @@ def python(folder: str) -> list[str]:
     return [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", start]
 
 
-def mounts() -> list[str]:
+@cache
+def mounts() -> tuple[str, ...]:
     """What of the system can be read: the interpreter, its standard library, and system libraries."""
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
     folders = {*_LIBRARIES, str(stdlib.parent), os.path.realpath(sys.executable)}
@@ -86,7 +88,7 @@ def mounts() -> list[str]:
     command += [word for path in found for word in ("--ro-bind", path, path)]
     command += [word for path in package_folders(stdlib.parent) for word in ("--tmpfs", path, "--remount-ro", path)]
     command += [word for path in _DEVICES for word in ("--dev-bind", path, path)]
-    return [*command, "--ro-bind", str(FOLDER / "inside"), "/sandbox/inside"]
+    return (*command, "--ro-bind", str(FOLDER / "inside"), "/sandbox/inside")
 
 
 def package_folders(library: Path) -> list[str]:
