@@ -24,6 +24,13 @@ COMMANDS = {
         "what runs did, on one page or as Markdown: RUN [RUN...] --out report.html",
     ),
     "delta": ("rlvr_lightning.delta_command", "the difference of two models as a small file: diff, apply, info"),
+    "sparsity": ("rlvr_lightning.analysis.sparsity_command", "how many weights training changed: BASE TUNED"),
+    "rank": ("rlvr_lightning.analysis.rank_command", "of what rank the change of each matrix is: BASE TUNED"),
+    "spectrum": (
+        "rlvr_lightning.analysis.spectrum_command",
+        "how far the spectra moved, and which entries changed: BASE TUNED",
+    ),
+    "overlap": ("rlvr_lightning.analysis.overlap_command", "whether two runs changed the same weights: A B --base BASE"),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "replay": ("rlvr_lightning.replay", "which completions of a batch make the gradient not finite: FOLDER"),
     "recipes": ("rlvr_lightning.data.recipes", "list the data sets known by name: columns, prompt, reward"),
