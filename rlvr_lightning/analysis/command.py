@@ -71,8 +71,7 @@ def print_about(record: dict[str, Any]) -> None:
     print(f"{pairs}: {record['tensors']} tensors, {record['entries']:,} entries")
     if len(set(record["dtypes"])) > 1:
         print(
-            "dtypes differ: compared in the wider one. bf16 and tol1e-5 are of the bf16 view and fair; if the narrower "
-            "was rounded from a wider one, that counts as change under the others"
+            "dtypes differ: compared in the wider one; what the narrower lost before, if it was rounded, is change here"
         )
     for head, first in record["tied"].items():
         print(f"tied: {head} is {first}, counted once")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+from torch import Tensor
+
 from rlvr_lightning.callbacks.change_counts import kind_of, layer_of
 
 OUTSIDE = "none"
@@ -23,10 +25,22 @@ def matrix_of(name: str) -> str:
     kind = kind_of(name)
     if kind in ("norm", "embedding", "lm_head"):
         return kind
-    *parts, last = [part for part in name.split(".") if not part.isdecimal()]
+    *parts, last = [part for part in name.partition("[")[0].split(".") if not part.isdecimal()]
     if last == "weight" and parts:
         return f"{kind} {parts[-1]}"
     return f"{kind} {parts[-1]} bias" if last == "bias" and parts else f"{kind} {last}"
+
+
+def matrices(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The matrices in a tensor by name: itself, each of a stack of experts, none of a vector.
+
+    >>> import torch
+    >>> {name: list(matrix.shape) for name, matrix in matrices("w", torch.zeros(2, 5, 3)).items()}
+    {'w[0]': [5, 3], 'w[1]': [5, 3]}
+    """
+    if tensor.dim() == 3:
+        return {f"{name}[{index}]": part for index, part in enumerate(tensor) if min(part.shape) > 0}
+    return {name: tensor} if tensor.dim() == 2 and min(tensor.shape) > 0 else {}
 
 
 def by_group(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:

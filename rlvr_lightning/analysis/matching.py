@@ -64,6 +64,22 @@ class Matched:
             at += len(group[0])
         return tuple(tensor.view(spec.shape) for tensor in tensors)
 
+    def difference(self, name: str) -> Tensor:
+        """The last model's common part of a tensor minus the first's, computed and kept in float32 (float64 if wider).
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        spec = self.tensors[name]
+        change = torch.empty(spec.entries, dtype=torch.promote_types(spec.dtype, torch.float32))
+        at = 0
+        for old, *_, new in self.pieces(name):
+            change[at : at + len(old)] = new.to(change.dtype) - old.to(change.dtype)
+            at += len(old)
+        if not change.isfinite().all():
+            raise ValueError(f"{name!r} has entries that are infinite or NaN; `sparsity` counts them")
+        return change.view(spec.shape)
+
     def dtypes(self) -> list[str]:
         """Of each model, those of the compared tensors."""
         found = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,3 +70,28 @@ def bars(axes: Axes, counts: Mapping[str, int], xlabel: str, ylabel: str) -> Non
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", alpha=0.25)
+
+
+def band(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float | None],
+    chance: Sequence[Sequence[float | None]],
+    title: str,
+) -> None:
+    """Shares as dots, in per cent, and what chance gives (low, mean, high) as bars behind them; None is left out."""
+    for at, (value, bounds) in enumerate(zip(values, chance, strict=True)):
+        if value is None or None in bounds:
+            continue
+        low, mean, high = (100 * (bound or 0.0) for bound in bounds)
+        axes.vlines(at, low, high, color="#999999", linewidth=6, label="chance, 95 %" if not at else "")
+        axes.plot(at, mean, "_", color="black", markersize=9)
+        axes.plot(at, 100 * value, "o", color="#D55E00", label="found" if not at else "")
+    every = max(1, len(names) // 30)
+    axes.set_xticks(range(0, len(names), every), names[::every])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("% of the changed entries")
+    axes.set_title(title)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend()

@@ -53,6 +53,8 @@ def summarise(tallies: dict[str, Tally]) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """The tables."""
     print_about(record)
+    if len(set(record["dtypes"])) > 1:
+        print("bf16 and tol1e-5 compare the bf16 views, whatever the dtypes")
     heading = ["entries", *DEFINITIONS, "absorbed", "sign flips"]
     for grouping, title in TITLES.items():
         rows = [
