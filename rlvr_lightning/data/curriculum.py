@@ -13,13 +13,18 @@ NEWEST = 0.5
 """Weight of the newest group in a running pass rate; the weights of older ones halve each time."""
 
 
+MOST_OFTEN = 4
+"""Times that an epoch serves a problem, about; where few are inside the band, the nearest ones join them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
     """Leave out of an epoch what was always or never solved when it was last seen.
 
     A problem's running pass rate is an average over its groups of completions in which the newest counts half. Before
-    an epoch those outside `band` are set aside, and the others take their places, each as often as any other; what has
-    no rate yet is served. Every `revisit` epochs all are served again, so that none is set aside for good.
+    an epoch those outside `band` are set aside, and the others take their places, each about as often as any other and
+    at most about four times; what has no rate yet is served. Every `revisit` epochs all are served again, so that none
+    is set aside for good.
     """
 
     band: list[float] = field(default_factory=lambda: [0.1, 0.9])
@@ -66,11 +71,11 @@ class RunningRates:
             seed: of the further permutations.
         """
         rows = sorted(shuffled, key=lambda row: self._distance(self.then[row]))  # stable: shuffled among equals
-        inside = [row for row in rows if self._distance(self.then[row]) == 0]
+        inside = sum(self._distance(rate) == 0 for rate in self.then)
         wanted = len(shuffled) // batch * batch
-        if epoch % self.curriculum.revisit == 0 or len(inside) == len(rows):
+        if epoch % self.curriculum.revisit == 0 or inside == len(rows):
             return list(shuffled[:wanted])
-        pool = inside if len(inside) >= batch else rows[:batch]  # the nearest, where too few are inside
+        pool = rows[: max(inside, batch, -(-len(rows) // MOST_OFTEN))]  # the nearest, where few are inside
         order: list[int] = []
         for again in range(wanted):
             if again:
