@@ -9,6 +9,7 @@
 <!-- bench traffic_models --> the same in closed form for larger models
 <!-- bench errors -->         predicted and simulated memory against counted (`profiling/errors.py`)
 <!-- bench same_numbers -->   runs in several processes against the same in one (`tests/test_strategy.py`)
+<!-- bench sandbox -->        programs a second under the code reward (`profiling/bench_sandbox.py`)
 <!-- end -->
 """
 
@@ -226,6 +227,15 @@ def errors_table(record: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def sandbox_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_sandbox.py`: judged programs a second, and against unprotected ones."""
+    from rlvr_lightning.profiling.bench_sandbox import LABELS
+
+    speeds, ratios = record["median_runs_per_s"], record["median_ratio_to_plain"]
+    rows = [["programs run", "a second", "of unprotected"]]
+    return markdown([*rows, *([label, f"{speeds[key]:.0f}", f"{ratios[key]:.2f}"] for key, label in LABELS.items())])
+
+
 def _table(what: str, results: Path) -> str:
     """The table of one block."""
     if not what:
@@ -238,6 +248,7 @@ def _table(what: str, results: Path) -> str:
         "traffic_models": ("bench_scaling.json", traffic_models_table),
         "errors": ("profile_errors.json", errors_table),
         "same_numbers": ("same_numbers.json", same_numbers_table),
+        "sandbox": ("bench_sandbox.json", sandbox_table),
     }
     file, make = makers.get(what, (f"bench_{what}.json", memory_table))
     return make(json.loads((results / file).read_text()))
