@@ -2,8 +2,8 @@
 
 Steps of 16 completions of 1,024 tokens on prompts of 1,024, 8 at a time, rollouts of 64, layers recomputed, gathered
 one by one where they are sharded; each in a process of its own, on one thread. Writes `results/simulate.json`: seconds
-of the clock and of the processor, the most that was resident, and the peaks simulated and predicted. What a simulation
-says is held against real steps by `profiling/errors.py`.
+of the clock and of the processor (libraries loaded), the most that was resident, and the peaks simulated and predicted.
+What a simulation says is held against real steps by `profiling/errors.py`.
 """
 
 from __future__ import annotations
@@ -75,15 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, settings = CASES[args.case]
         print(json.dumps(one(name, Run(**{**SIZES, **settings}))))
         return 0
-    rows = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"command": "python -m rlvr_lightning.profiling.bench_simulate", "environment": environment_record()}
+    rows: list[dict[str, Any]] = []
     for number, (name, settings) in enumerate(CASES):
         command = [sys.executable, "-m", "rlvr_lightning.profiling.bench_simulate", "--case", str(number)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ.copy())
         rows.append(row := json.loads(done.stdout.splitlines()[-1]))
         print(f"{name} {settings}: {row['clock_s']} s, {row['resident_bytes'] / 2**30:.2f} GiB", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = {"command": "python -m rlvr_lightning.profiling.bench_simulate", "environment": environment_record()}
-    (args.out / "simulate.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        (args.out / "simulate.json").write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     print(f"wrote {args.out / 'simulate.json'}")
     return 0
 

@@ -4,14 +4,16 @@ The steps are the project's own: its GRPO module in Lightning's loop, its loss, 
 checkpointing, and its strategy over processes that do not exist. Weights and activations are shapes
 (`simulate_numbers`); bytes are counted storage by storage (`allocations`), by the owners and in the phases of real
 steps (`owners`). torch's own trackers (`torch.distributed._tools.mem_tracker`) see the same storages; but they put each
-into one of six kinds, know neither a cache of keys and values nor logits, and look through all modules at every
+into one of a few kinds, know neither a cache of keys and values nor logits, and look through all modules at every
 operation, which takes ten times as long.
 
 What a step would decide by numbers is the longest case: every prompt and completion is as long as can be, none ends
 early, every group has a signal, norms are finite. Three things are shortened. Of a rollout only the first prompts are
-read, and room is made for, and a draw made of, the last tokens: as many sequences as go at once. An optimizer step has
-at most two micro-batches, all others being like the second. And the first of the two steps, which makes the
-optimizer's state, is of one token. What differs on a GPU:
+read, and the last tokens drawn, of as many sequences as go at once. An optimizer step has at most two micro-batches,
+all others being like the second. And the first of the two steps, which makes the optimizer's state, is of one token.
+Mixtures are traced in bfloat16 alone: of no other dtype does torch know the shapes of their experts' products.
+
+What differs on a GPU:
 
 - attention is computed as on a CPU: torch's fused kernel for it, which keeps outputs and the logarithms of sums as the
   GPU's do, but where a mask is needed other kernels may pad it or make it larger;
@@ -36,7 +38,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader
@@ -156,11 +157,9 @@ def _step(config: Mapping[str, Any], run: Run) -> tuple[Simulated, Owners]:
         stack.enter_context(owners.watching(module))
         try:
             trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                f"--simulate: the model's sizes follow from numbers that are not there, as a mixture's routing does "
-                f"({error.func}); leave it out for the closed form"
-            ) from error
+        except RuntimeError as error:  # torch's, where sizes follow from numbers, or for what it cannot do on shapes
+            line = str(error).strip().splitlines()[0]
+            raise ValueError(f"--simulate: the step cannot be traced without numbers ({line}); leave it out") from error
     return module, owners
 
 
