@@ -104,6 +104,8 @@ def match(*models: Weights) -> Matched:
         ValueError: the models are of different architectures.
     """
     found = Matched(models)
+    if not any(all(spec_of(model, name) for model in models) for name in models[0].specs):
+        raise ValueError(f"{models[0].label} and {models[-1].label} have no tensor in common")
     for name in {name: None for model in models for name in model.specs}:
         specs = [spec_of(model, name) for model in models]
         known = [spec for spec in specs if spec is not None]
@@ -119,8 +121,8 @@ def match(*models: Weights) -> Matched:
             for model, spec in zip(models, specs, strict=True):
                 if spec is not None:
                     found.left_out.append(LeftOut(name, model.label, spec.entries, "only there"))
-    if not found.tensors:
-        raise ValueError(f"{models[0].label} and {models[-1].label} have no tensor in common")
+    if not found.entries:
+        raise ValueError(f"{models[0].label} and {models[-1].label} have no weights in common that are numbers")
     _drop_tied(found)
     return found
 

@@ -94,4 +94,4 @@ def band(
     axes.set_ylabel("% of the changed entries")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend()
+    axes.legend(loc="lower left")
