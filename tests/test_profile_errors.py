@@ -44,21 +44,25 @@ def test_the_prediction_is_still_the_recorded_one(row: dict[str, Any]) -> None:
     assert ledger.peak_bytes == row["peak_bytes"]["predicted"]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row["model"] == "tiny"], ids=key)
-def test_the_small_rows_come_out_again(row: dict[str, Any]) -> None:
-    made = cell("tiny", row["mode"], row["recomputed"])
-    assert made["exact"] == row["exact"]
-    for what, size in made["peak_bytes"].items():
-        assert size == pytest.approx(row["peak_bytes"][what], rel=0.01), what  # libraries differ in small temporaries
+QUICK = [row for k, row in enumerate(ROWS) if row["model"] == "tiny" and k in (0, 3, 4, 7)]  # each mode once
+
+
+@pytest.mark.parametrize("row", QUICK, ids=key)
+def test_small_rows_come_out_again(row: dict[str, Any]) -> None:
+    check_again(row)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [row for row in ROWS if row["model"] != "tiny"], ids=key)
-def test_the_large_rows_come_out_again(row: dict[str, Any]) -> None:
+@pytest.mark.parametrize("row", [row for row in ROWS if row not in QUICK], ids=key)
+def test_the_others_come_out_again(row: dict[str, Any]) -> None:
+    check_again(row)
+
+
+def check_again(row: dict[str, Any]) -> None:
     made = cell(row["model"], row["mode"], row["recomputed"])
     assert made["exact"] == row["exact"]
     for what, size in made["peak_bytes"].items():
-        assert size == pytest.approx(row["peak_bytes"][what], rel=0.01), what
+        assert size == pytest.approx(row["peak_bytes"][what], rel=0.01), what  # libraries differ in small temporaries
 
 
 def test_the_table_says_what_is_off() -> None:
