@@ -20,6 +20,7 @@ from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.simulate import simulate
 from rlvr_lightning.profiling.simulate_numbers import REAL_BYTES, WithoutNumbers
 
+RECORD = Path(__file__).parents[1] / "results" / "simulate.json"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 96,
@@ -152,3 +153,15 @@ def test_the_command_prints_both(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "error: --simulate is of one run; leave out --compare, or call it for each",
         "error: these options are of one run: add --config or --model",
     ]
+
+
+# ---- the record --------------------------------------------------------------------------------------------------
+
+
+def test_large_models_take_minutes_and_little_memory() -> None:
+    rows = json.loads(RECORD.read_text())["rows"]
+    assert rows[0]["model"] == "qwen3-8b"
+    for row in rows:
+        assert row["resident_bytes"] < 4 << 30
+        assert row["processor_s"] < 180  # of one core; the clock's seconds depend on who else is at work
+        assert row["peak_bytes"]["predicted"] == pytest.approx(row["peak_bytes"]["simulated"], rel=0.1)
