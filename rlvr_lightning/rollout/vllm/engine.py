@@ -128,8 +128,10 @@ class VLLMEngine:
             raise ValueError(f"sampling.max_tokens: with the longest prompt {longest} tokens, over {self.max_len}")
         self.client.wake()
         keys = stream_keys(seeds, 1).tolist() if prompts else []
-        requests = [Request(prompt, group, key & SEEDS) for prompt, key in zip(prompts, keys, strict=True)]
+        drawn = group if sampling.temperature else 1  # greedy completions are all alike
+        requests = [Request(prompt, drawn, key & SEEDS) for prompt, key in zip(prompts, keys, strict=True)]
         answers = self._sample(requests, sampling_options(sampling, self.stop_token_ids))
+        answers = [answer for answer in answers for _ in range(group // drawn)]
         self.client.sleep()
         return rollouts_of(prompts, answers, self.pad_token_id, self.device)
 
