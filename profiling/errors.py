@@ -33,6 +33,7 @@ from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.shares import sizes
 from rlvr_lightning.profiling.simulate import module_of, simulate, trainer_of, write_model
+from rlvr_lightning.rollout import HFEngine
 from rlvr_lightning.sweep import environment_record
 
 MODELS = ("tiny", "smollm2-135m", "qwen3-0.6b")
@@ -67,6 +68,7 @@ class Longest(Shaped):
     def configure_model(self) -> None:
         """See `GRPO`."""
         super().configure_model()
+        assert isinstance(self.engine, HFEngine)
         self.engine.stopped = _never  # type: ignore[method-assign]
 
 

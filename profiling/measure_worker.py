@@ -32,6 +32,7 @@ from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.policy import load_model
 from rlvr_lightning.profiling.cuda_history import cuda_history
 from rlvr_lightning.profiling.owners import Owners
+from rlvr_lightning.rollout import HFEngine
 
 OUT_OF_MEMORY = 3
 """Exit status."""
@@ -153,6 +154,8 @@ def _shaped(module: GRPO, device: torch.device, empty: bool) -> Any:
 
 def _enlarge(module: GRPO, see: Callable[[Experience], None]) -> None:
     """Let no completion end before its limit, count all tokens, and give every group a signal."""
+    if not isinstance(module.engine, HFEngine):
+        raise ValueError("--measure runs rollouts in this process; leave model.rollout out")
     judge = module.judge
 
     def teaching(*args: Any) -> Experience:
