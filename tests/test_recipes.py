@@ -12,7 +12,7 @@ import pytest
 
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.data.gym import GymPrompts, GymTask
-from rlvr_lightning.data.hub import Shots
+from rlvr_lightning.data.hub import Shots, solved
 from rlvr_lightning.data.recipes import RECIPES, Recipe
 from rlvr_lightning.data.wording import Wording
 from rlvr_lightning.rewards.base import Reward
@@ -69,7 +69,7 @@ ROWS: dict[str, tuple[dict, str, str]] = {
     "numina_1.5": (
         {
             "problem": "p",
-            "solution": "s",
+            "solution": r"So $\boxed{7}$.",
             "answer": "7",
             "problem_type": "Algebra",
             "question_type": "math-word-problem",
@@ -318,6 +318,14 @@ def test_examples_are_worked_out_in_the_form_that_is_asked_for(tmp_path: Path) -
     example, problem = record["prompt"].split("\n\n")
     assert problem == "Q: p" and example.partition("\n")[0] in ("Q: t0", "Q: t1", "Q: t2")
     assert example.endswith("24 and 1,048.\nThe answer is \\boxed{1072}.") and "<<" not in example
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("apps", "code_contests", "countdown")])
+def test_an_example_earns_the_reward(tmp_path: Path, name: str) -> None:
+    """What is shown as the way to answer is right, as the reward sees it."""
+    [record] = Recipe(name, path=write(tmp_path / "a.jsonl", [ROWS[name][0]]))
+    sample = Sample(prompt=record["prompt"], text=solved(record).solution, token_ids=[], record=record)
+    assert list(reward_of(RECIPES[name].reward)([sample])) == [1.0]
 
 
 def test_thinking_is_switched_by_the_chat_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,9 @@ def solved(problem: Problem) -> Example:
     """A problem as an example, with its worked solution or else its answer."""
     shown = problem.get("solution") or problem.get("answer")
     if shown is None:
-        raise ValueError("shots: the data set has neither solutions nor answers to show; map `solution` in columns")
+        raise ValueError(
+            "shots: the data set has neither solutions nor answers to show; write wording.examples instead"
+        )
     return Example(problem=problem["problem"], solution=str(shown))
 
 

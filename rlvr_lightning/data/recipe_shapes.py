@@ -25,7 +25,12 @@ def worked(row: Row, _: random.Random) -> Problem:
 
 def plain(row: Row, _: random.Random) -> Problem:
     """`answer` is the answer (MATH-500, AIME, DeepScaleR)."""
-    return {"problem": text_in(row, "problem"), "answer": row["answer"]}
+    return boxed(text_in(row, "problem"), row["answer"])
+
+
+def boxed(problem: str, answer: Any) -> Problem:
+    """A problem whose answer is known and not how it is found."""
+    return {"problem": problem, "answer": answer, "solution": f"\\boxed{{{answer}}}"}
 
 
 def graded(row: Row, rng: random.Random) -> Problem:
@@ -57,7 +62,7 @@ def amc(row: Row, _: random.Random) -> Problem:
     """`answer` is a number with a decimal point, such as 142.0."""
     answer = row["answer"]
     whole = isinstance(answer, float) and answer.is_integer()
-    return {"problem": text_in(row, "problem"), "answer": str(int(answer)) if whole else answer}
+    return boxed(text_in(row, "problem"), str(int(answer)) if whole else answer)
 
 
 def olympiad(row: Row, _: random.Random) -> Problem:
@@ -65,15 +70,13 @@ def olympiad(row: Row, _: random.Random) -> Problem:
     answers = row["final_answer"] or []
     context = row["context"] or ""
     question = text_in(row, "question")
-    return {
-        "problem": f"{context}\n{question}".strip(),
-        "answer": ", ".join(str(each).replace("$", "").strip() for each in answers) or None,
-    }
+    answer = ", ".join(str(each).replace("$", "").strip() for each in answers)
+    return boxed(f"{context}\n{question}".strip(), answer or None)
 
 
 def dapo(row: Row, _: random.Random) -> Problem:
     """`prompt` is the bare problem, `solution` the answer."""
-    return {"problem": text_in(row, "prompt"), "answer": row["solution"]}
+    return boxed(text_in(row, "prompt"), row["solution"])
 
 
 def gpqa(row: Row, rng: random.Random) -> Problem:
@@ -84,11 +87,9 @@ def gpqa(row: Row, rng: random.Random) -> Problem:
         raise Unusable("two options are the same")
     rng.shuffle(choices)
     shown = "\n".join(f"{letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
-    return {
-        "problem": f"{text_in(row, 'Question').strip()}\n\n{shown}",
-        "answer": LETTERS[choices.index(right)],
-        "choices": choices,
-    }
+    answer = LETTERS[choices.index(right)]
+    problem = f"{text_in(row, 'Question').strip()}\n\n{shown}"
+    return {"problem": problem, "answer": answer, "choices": choices, "solution": f"Answer: {answer}"}
 
 
 def apps(row: Row, _: random.Random) -> Problem:
