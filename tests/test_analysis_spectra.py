@@ -15,7 +15,7 @@ from test_analysis import SHAPES, record, refused, save, states
 from torch import Tensor
 
 from rlvr_lightning.__main__ import main
-from rlvr_lightning.analysis.overlap import Counts, chance_interval, hypergeometric, moments, summarise
+from rlvr_lightning.analysis.overlap import Counts, Tally, chance_interval, hypergeometric, moments, summarise
 from rlvr_lightning.analysis.rank import ranks
 from rlvr_lightning.analysis.spectrum import analyse_matrix, leading, principal_angles, top_mask
 
@@ -125,7 +125,7 @@ def test_where_changes_lie() -> None:
 def enumerated(counts: list[Counts]) -> dict[int, float]:
     """The law of the summed overlap: every choice of B's entries in every tensor."""
     total = Counter({0: 1})
-    for n, a, b, _ in counts:
+    for n, a, b, *_ in counts:
         one = Counter(len(set(chosen) & set(range(a))) for chosen in itertools.combinations(range(n), b))
         total = sum_of(total, one)
     everything = sum(total.values())
@@ -178,6 +178,26 @@ def test_overlap_worked_by_hand() -> None:
     assert found["interval"][0] == 0 and found["jaccard_by_chance"][1] == pytest.approx(1 / 12)
     nothing = summarise([Counts(10, 0, 3, 0)])
     assert nothing["a_in_b"] is None and nothing["b_in_a"] == 0 and nothing["interval"] == [0, 0]
+
+
+def test_rounding_alone_makes_masks_alike() -> None:
+    """Two independent random updates overlap above chance, and just as much as chance at equal exponents says."""
+    generator = torch.Generator().manual_seed(2)
+    base = torch.randn(200_003, generator=generator) * 0.02
+    a, b = (base.bfloat16().float() + 1e-5 * torch.randn(len(base), generator=generator) for _ in range(2))
+    tally = Tally()
+    views = [x.bfloat16().view(torch.int16).numpy() for x in (base, a, b)]
+    for piece in (slice(0, 70_001), slice(70_001, None)):
+        tally.add(*(view[piece] for view in views))
+    found = summarise([one := tally.total()])
+    masks = [view != views[0] for view in views[1:]]
+    assert one[:4] == (len(base), masks[0].sum(), masks[1].sum(), (masks[0] & masks[1]).sum())
+    of = base.bfloat16().double().abs().log2().floor()
+    strata = [(of == e).numpy() for e in of.unique()]
+    expected = sum(float(masks[0][s].sum()) * float(masks[1][s].sum()) / s.sum() for s in strata)
+    assert one.expected_equal == pytest.approx(expected)
+    assert found["both"] > 1.2 * found["interval"][1]
+    assert found["both"] == pytest.approx(found["expected_equal"], rel=0.02)
 
 
 def test_rank_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

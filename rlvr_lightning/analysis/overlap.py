@@ -3,6 +3,10 @@
 By chance: the entries that the second run changed are drawn anew in each tensor, as many as they were, all choices
 equally likely. The overlap of a tensor then follows the hypergeometric law, and that of several tensors the
 convolution of their laws: what a permutation test would sample is computed, to rounding.
+
+That is not all that chance does. A small weight has a small unit in the last place, so that any update changes its bf16
+bits more easily, and two random updates change the same small weights. Drawn anew among the entries of equal exponent
+in the base, tensor by tensor, masks keep that: overlap above this level is not of rounding.
 """
 
 from __future__ import annotations
@@ -27,6 +31,41 @@ class Counts(NamedTuple):
     second: int
     """Entries that B changed."""
     both: int
+    expected_equal: float = 0.0
+    """Mean of the overlap if B's entries are drawn among those of equal exponent, as many of each as they were."""
+
+
+EXPONENTS = 256
+
+
+def exponents(base: np.ndarray) -> np.ndarray:
+    """Of bf16 values.
+
+    Args:
+        base: int16 [n], their bits.
+    """
+    return (base >> 7) & 0xFF
+
+
+class Tally:
+    """Counts of a tensor, exponent by exponent, as its pieces come."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((4, EXPONENTS), np.int64)
+
+    def add(self, base: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+        """Some entries: bits of their bf16 views, int16 [n], in the base, in A and in B."""
+        of = exponents(base)
+        changed = first != base, second != base
+        for row, mask in zip(self.counts[1:], (*changed, changed[0] & changed[1]), strict=True):
+            row += np.bincount(of[mask], minlength=EXPONENTS)
+        self.counts[0] += np.bincount(of, minlength=EXPONENTS)
+
+    def total(self) -> Counts:
+        """Of all entries so far."""
+        n, a, b, _ = self.counts.astype(np.float64)
+        entries, first, second, both = map(int, self.counts.sum(1))
+        return Counts(entries, first, second, both, float((a * b / np.maximum(n, 1)).sum()))
 
 
 def hypergeometric(one: Counts) -> tuple[int, np.ndarray]:
@@ -78,8 +117,9 @@ def summarise(counts: Sequence[Counts]) -> dict[str, Any]:
     `a_in_b` is the share of A's entries that B changed too, by chance (`density_b`) B's density; `b_in_a` the other way
     round. `jaccard` is the share of both in either. `expected` and `interval` are the mean and a 95 % interval of the
     overlap by chance with the counts of every tensor as they are; the `*_by_chance` are the same as shares.
+    `expected_equal` is the mean by chance among entries of equal exponent, `*_equal` the same as shares.
     """
-    entries, first, second, both = (sum(column) for column in zip(*counts, strict=True))
+    entries, first, second, both, equal = (sum(column) for column in zip(*counts, strict=True))
     expected = sum(moments(one)[0] for one in counts)
     low, high = chance_interval(counts)
 
@@ -102,4 +142,8 @@ def summarise(counts: Sequence[Counts]) -> dict[str, Any]:
         "a_in_b_by_chance": [share(value, first) for value in by_chance],
         "b_in_a_by_chance": [share(value, second) for value in by_chance],
         "jaccard_by_chance": [share(value, first + second - value) for value in by_chance],
+        "expected_equal": equal,
+        "a_in_b_equal": share(equal, first),
+        "b_in_a_equal": share(equal, second),
+        "jaccard_equal": share(equal, first + second - equal),
     }

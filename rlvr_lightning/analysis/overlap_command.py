@@ -4,7 +4,8 @@ Changed are entries whose bf16 view differs from BASE's. `A in B` is the share o
 other way round, `jaccard` the share of both in either. By chance A in B would be B's density; tensors that both change
 much raise it, so beside each stands what chance gives with the counts of every tensor as they are: mean and 95 %
 interval of the permutations of one mask within each tensor, computed exactly (hypergeometric laws, convolved), not
-sampled.
+sampled. bf16 alone makes masks alike: any update changes the bits of small weights more easily. `equal` is what chance
+gives among weights of equal exponent; only what is above that is more than rounding.
 """
 
 from __future__ import annotations
@@ -13,54 +14,46 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlvr_lightning.analysis.command import about, parser, percent, print_about, print_table, run, write_json
 from rlvr_lightning.analysis.groups import groupings
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
-from rlvr_lightning.analysis.overlap import Counts, summarise
+from rlvr_lightning.analysis.overlap import Counts, Tally, summarise
 
-TITLES = {"parts": "overlap; in brackets 95 % of what chance gives", "kinds": "by matrix", "layers": "by layer"}
+MEASURES = {"A in B": "a_in_b", "B in A": "b_in_a", "jaccard": "jaccard"}
+COLUMNS = [title for measure in MEASURES for title in (f"{measure} %", "by chance", "equal")]
+TITLES = {
+    "parts": "overlap; by chance, in brackets 95 %; by chance among weights of equal exponent",
+    "kinds": "by matrix",
+    "layers": "by layer",
+}
 
 
 def count(found: Matched, progress: Callable[[int], object] = lambda entries: None) -> dict[str, Counts]:
     """Changed entries of each tensor of (base, A, B)."""
     result = {}
-    for name, spec in found.tensors.items():
-        total = np.zeros(3, np.int64)
+    for name in found.tensors:
+        tally = Tally()
         for pieces in found.pieces(name):
-            base, *others = (piece.bfloat16().view(torch.int16).numpy() for piece in pieces)
-            first, second = (other != base for other in others)
-            total += [np.count_nonzero(mask) for mask in (first, second, first & second)]
-            progress(len(base))
-        result[name] = Counts(spec.entries, *map(int, total))
+            tally.add(*(piece.bfloat16().view(torch.int16).numpy() for piece in pieces))
+            progress(len(pieces[0]))
+        result[name] = tally.total()
     return result
 
 
 def show(record: dict[str, Any]) -> None:
     """The tables."""
     print_about(record)
-    heading = [
-        "entries",
-        "A %",
-        "B %",
-        "both",
-        "A in B %",
-        "by chance",
-        "B in A %",
-        "by chance",
-        "jaccard %",
-        "by chance",
-    ]
+    heading = ["entries", "A %", "B %", "both", *COLUMNS]
     for grouping, title in TITLES.items():
         rows = []
         for group, row in record[grouping].items():
             cells = [f"{row['entries']:,}", percent(row["density_a"]), percent(row["density_b"]), f"{row['both']:,}"]
-            for measure in ("a_in_b", "b_in_a", "jaccard"):
+            for measure in MEASURES.values():
                 low, expected, high = map(percent, row[f"{measure}_by_chance"])
-                cells += [percent(row[measure]), f"{expected} [{low}, {high}]"]
+                cells += [percent(row[measure]), f"{expected} [{low}, {high}]", percent(row[f"{measure}_equal"])]
             rows.append([group, *cells])
         print_table(title, ["", *heading], rows)
 
@@ -104,5 +97,6 @@ def draw(record: dict[str, Any], options: argparse.Namespace) -> None:
     layers = list(record["layers"].values())
     names = ["outside" if layer == "none" else layer for layer in record["layers"]]
     with canvas(options.plot, 2, f"A: {options.a}   B: {options.b}   base: {options.base}") as panels:
-        for panel, measure, title in zip(panels, ("a_in_b", "b_in_a"), ("A in B", "B in A"), strict=True):
-            band(panel, names, [row[measure] for row in layers], [row[f"{measure}_by_chance"] for row in layers], title)
+        for panel, (title, measure) in zip(panels, list(MEASURES.items())[:2], strict=True):
+            shares = [[row[measure], row[f"{measure}_equal"], *row[f"{measure}_by_chance"]] for row in layers]
+            band(panel, names, shares, title)

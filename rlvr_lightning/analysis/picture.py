@@ -72,21 +72,16 @@ def bars(axes: Axes, counts: Mapping[str, int], xlabel: str, ylabel: str) -> Non
     axes.grid(axis="y", alpha=0.25)
 
 
-def band(
-    axes: Axes,
-    names: Sequence[str],
-    values: Sequence[float | None],
-    chance: Sequence[Sequence[float | None]],
-    title: str,
-) -> None:
-    """Shares as dots, in per cent, and what chance gives (low, mean, high) as bars behind them; None is left out."""
-    for at, (value, bounds) in enumerate(zip(values, chance, strict=True)):
-        if value is None or None in bounds:
+def band(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float | None]], title: str) -> None:
+    """Shares of layers in per cent: what was found, what chance gives at equal exponents, and its low, mean, high."""
+    for at, found in enumerate(shares):
+        if None in found:
             continue
-        low, mean, high = (100 * (bound or 0.0) for bound in bounds)
+        value, equal, low, mean, high = (100 * (share or 0.0) for share in found)
         axes.vlines(at, low, high, color="#999999", linewidth=6, label="chance, 95 %" if not at else "")
         axes.plot(at, mean, "_", color="black", markersize=9)
-        axes.plot(at, 100 * value, "o", color="#D55E00", label="found" if not at else "")
+        axes.plot(at + 0.15, equal, "s", color="#0072B2", markersize=4, label="chance at equal exponent" if not at else "")
+        axes.plot(at - 0.15, value, "o", color="#D55E00", label="found" if not at else "")
     every = max(1, len(names) // 30)
     axes.set_xticks(range(0, len(names), every), names[::every])
     axes.set_ylim(bottom=0)
