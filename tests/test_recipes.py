@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 from collections import Counter
@@ -13,13 +14,11 @@ import pytest
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.data.gym import GymPrompts, GymTask
 from rlvr_lightning.data.hub import Shots, solved
-from rlvr_lightning.data.recipes import RECIPES, Recipe
+from rlvr_lightning.data.recipes import MODULES, RECIPES, Recipe
 from rlvr_lightning.data.wording import Wording
 from rlvr_lightning.rewards.base import Reward
-from rlvr_lightning.rewards.choice import Choice
 from rlvr_lightning.rewards.code_answer import CodeAnswer
 from rlvr_lightning.rewards.countdown import Countdown
-from rlvr_lightning.rewards.math_answer import MathAnswer
 from rlvr_lightning.rewards.tasks import TaskReward
 from rlvr_lightning.schema import Sample
 
@@ -171,7 +170,6 @@ ROWS: dict[str, tuple[dict, str, str]] = {
     ),
     "countdown": ({"target": 9, "nums": [3, 1, 2]}, "<answer>(1+2)*3</answer>", "<answer>3*3</answer>"),
 }
-REWARDS: dict[str, type[Reward]] = {"MathAnswer": MathAnswer, "Choice": Choice, "Countdown": Countdown}
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +191,8 @@ def parquet(path: Path, rows: list[dict]) -> str:
 
 @functools.cache  # a pool of processes each
 def reward_of(kind: str) -> Reward:
-    return CodeAnswer(allow_weak_sandbox=True) if kind == "CodeAnswer" else REWARDS[kind]()
+    found = getattr(importlib.import_module(f"rlvr_lightning.rewards.{MODULES[kind]}"), kind)
+    return found(allow_weak_sandbox=True) if kind == "CodeAnswer" else found()
 
 
 def test_every_recipe_is_tested() -> None:

@@ -24,6 +24,13 @@ EXPRESSION = (
     "{problem}\nThink first, then give the expression alone in <answer> tags, as in <answer>(1 + 2) * 3</answer>."
 )
 Reward = Literal["MathAnswer", "Choice", "CodeAnswer", "Countdown"]
+MODULES: dict[Reward, str] = {
+    "MathAnswer": "math_answer",
+    "Choice": "choice",
+    "CodeAnswer": "code_answer",
+    "Countdown": "countdown",
+}
+"""Where each reward is, in `rlvr_lightning.rewards`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +292,7 @@ def describe(name: str) -> str:
         "what": known.what,
         "data set": known.path + (f", {known.config}" if known.config else "") + f", split {known.split}",
         "columns": ", ".join(known.columns),
-        "reward": known.reward,
+        "reward": f"class_path: rlvr_lightning.rewards.{MODULES[known.reward]}.{known.reward}",
         "license": known.license,
         "prompt": known.template.replace("\n", "\\n"),
         "use": f"class_path: rlvr_lightning.data.recipes.Recipe, init_args: {{name: {name}}}",
