@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rlvr_lightning.checkpoint.start import digest_of
 from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.evaluation_table import Results, as_json, table
+from rlvr_lightning.metrics import Attempts
 from rlvr_lightning.problem_file import ProblemFile, Row, add_attempts, attempts, key_of, new_row
 from rlvr_lightning.ranks import Ranks
 from rlvr_lightning.rewards.base import names_answers
@@ -32,6 +33,7 @@ from rlvr_lightning.schema import RolloutEngine, Sampling
 from rlvr_lightning.scoring import Scorer
 from rlvr_lightning.seeds import derive_seed
 from rlvr_lightning.strategy import Layout
+from rlvr_lightning.trainer_checks import check_strategy
 
 Record = dict[str, Any]
 
@@ -55,7 +57,9 @@ class Evaluated(LightningModule):
         self._split = "val"
         self._served = 0  # problems, of all ranks
         self._failed = 0  # completions, of this one
-        self._found: dict[str, list[tuple[int, Row]]] = {}  # by benchmark, this rank's numbered problems
+        self._found: dict[
+            str, list[tuple[int, dict[str, Attempts]]]
+        ] = {}  # by benchmark, this rank's numbered problems
         self._file: ProblemFile | None = None
 
     @property
@@ -74,7 +78,8 @@ class Evaluated(LightningModule):
         return self.run_folder / "reward_failures.jsonl"
 
     def setup(self, stage: str) -> None:
-        """Refuse to validate on nothing; a fit may do without."""
+        """Refuse to validate on nothing, which a fit may do without, and processes that would all do the same."""
+        check_strategy(self.trainer)
         if stage == "validate" and not getattr(self.trainer.datamodule, "val", True):  # type: ignore[attr-defined]
             raise ValueError("data.val is missing: name at least one source of prompts to validate on")
 
@@ -169,7 +174,8 @@ class Evaluated(LightningModule):
             mine += [(number, row) for (number, _), row in zip(share, rows, strict=True)]
             self._keep(rows)
         for name in dict.fromkeys(record["benchmark"] for record in batch):
-            self._found.setdefault(name, []).extend(pair for pair in mine if pair[1]["benchmark"] == name)
+            found = [(number, attempts(row)) for number, row in mine if row["benchmark"] == name]
+            self._found.setdefault(name, []).extend(found)
 
     def _answer(self, records: list[Record]) -> list[Row]:
         """A row for each problem."""
@@ -200,6 +206,6 @@ class Evaluated(LightningModule):
         for name, pairs in groups.items():
             results[name] = {}
             for what, (mode, metric) in self.evaluation.measures(self.ranks, self._votes).items():
-                metric.update([number for number, _ in pairs], [attempts(row, mode) for _, row in pairs])
+                metric.update([number for number, _ in pairs], [tries[mode] for _, tries in pairs])
                 results[name][what] = metric.compute()
         return results

@@ -26,6 +26,7 @@ from rlvr_lightning.schema import Rollouts
 
 Row = dict[str, Any]
 Key = tuple[str, int, str, str]
+MODES = ("greedy", "sampled")
 ADDED = ("prompt_ids", "index", "benchmark")
 
 
@@ -71,9 +72,13 @@ def add_attempts(rows: Sequence[Row], mode: str, rollouts: Rollouts, scores: Sco
         row["pass_rate"] = sum(row[mode]["correct"]) / rollouts.group
 
 
-def attempts(row: Row, mode: str) -> Attempts:
-    """The completions of a row, for metrics."""
-    return Attempts(**{name: values for name, values in row[mode].items() if name != "completions"})
+def attempts(row: Row) -> dict[str, Attempts]:
+    """What metrics need of a row, by mode."""
+    return {
+        mode: Attempts(**{name: values for name, values in row[mode].items() if name != "completions"})
+        for mode in MODES
+        if mode in row
+    }
 
 
 def key_of_row(row: Row) -> Key:
@@ -88,7 +93,7 @@ class ProblemFile:
     path: Path
     settings: Mapping[str, Any]
     rows: dict[Key, Row] = field(default_factory=dict)
-    """Of an earlier evaluation with the same settings."""
+    """Of an earlier evaluation with the same settings, without texts."""
     told: str = ""
     """How it begins, in a line for people."""
 
@@ -109,6 +114,9 @@ class ProblemFile:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text("".join(map(line, self.rows.values())), encoding="utf-8")
         os.replace(part, self.path)
+        for row in self.rows.values():
+            for mode in MODES:
+                row.get(mode, {}).pop("completions", None)
         self.describe()
 
     def describe(self, results: Mapping[str, Any] | None = None) -> None:
@@ -171,7 +179,7 @@ def _rows(lines: Sequence[bytes]) -> Iterator[Row | None]:
         try:
             row = json.loads(text)
             key_of_row(row)
-            correct = [row[mode]["correct"] for mode in ("greedy", "sampled") if mode in row]
+            correct = [row[mode]["correct"] for mode in MODES if mode in row]
         except (ValueError, KeyError, TypeError):
             yield None
             continue

@@ -17,6 +17,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from rlvr_lightning.__main__ import main
+from rlvr_lightning.checkpoint import DeltaCheckpointIO
 from rlvr_lightning.data.arithmetic import Arithmetic
 from rlvr_lightning.data.identity import problem_id
 from rlvr_lightning.data.prompts import PromptData, PromptSource
@@ -313,6 +315,44 @@ def test_a_verifier_without_answers_counts_no_votes(tmp_path: Path) -> None:
 def test_in_fit_nothing_is_written(tmp_path: Path) -> None:
     validated(tmp_path, keeps=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plugins", [[], [DeltaCheckpointIO()]], ids=["ordinary", "delta"])
+def test_a_checkpoint_is_measured_as_the_weights_it_holds(tmp_path: Path, plugins: list[Any]) -> None:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    data = PromptData("tiny", train=Arithmetic(8, levels=[3]), val=benchmarks(), prompts_per_step=8)
+    made = module(optimizer=partial(torch.optim.SGD, lr=1.0), group_size=4)
+    trainer = Trainer(**quiet, default_root_dir=tmp_path, max_steps=1, limit_val_batches=0, plugins=plugins)
+    trainer.fit(made, data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    found = []
+    for folder, measured, path in [("live", made, None), ("read", module(), str(tmp_path / "one.ckpt"))]:
+        measured.keeps_problems = True
+        reader = Trainer(**quiet, default_root_dir=tmp_path / folder, plugins=[DeltaCheckpointIO()])
+        reader.validate(measured, data, ckpt_path=path, verbose=False)
+        found.append((rows_of(tmp_path / folder), measured.evaluation_settings()["weights"]))
+    assert found[0] == found[1]
+    validated(tmp_path / "start")
+    assert rows_of(tmp_path / "start") != found[0][0]
+
+
+def test_the_packaged_benchmarks_and_their_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--data.test.short.num=4", "--data.test.long.num=4", "--model.evaluation.k=[2]", "--trainer.accelerator=cpu"]
+    for seed in (0, 1):
+        assert main(["test", "--config", "bench.yaml", *few, f"--seed_everything={seed}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = next(k for k, line in enumerate(lines) if line.split()[:2] == ["problems", "greedy"])
+    assert lines[heading].split() == ["problems", "greedy", "pass@1", "pass@2", "maj@2", "tokens", "cut"]
+    assert [line.split()[:2] for line in lines[heading + 1 : heading + 4]] == [
+        ["short", "4"],
+        ["long", "4"],
+        ["all", "8"],
+    ]
+    assert main(["compare", "runs/bench/version_0", "runs/bench/version_1"]) == 0
+    assert "not measured alike: from A to B seed changed from 0 to 1" in capsys.readouterr().out
 
 
 # ---- mistakes ----
