@@ -8,6 +8,7 @@
 <!-- bench traffic -->        bytes that a process receives in a step, counted and in closed form
 <!-- bench traffic_models --> the same in closed form for larger models
 <!-- bench errors -->         predicted and simulated memory against counted (`profiling/errors.py`)
+<!-- bench sparsity -->       comparing two models against loading both (`profiling/bench_sparsity.py`)
 <!-- bench same_numbers -->   runs in several processes against the same in one (`tests/test_strategy.py`)
 <!-- bench sandbox -->        programs a second under the code reward (`profiling/bench_sandbox.py`)
 <!-- end -->
@@ -236,6 +237,19 @@ def sandbox_table(record: dict[str, Any]) -> str:
     return markdown([*rows, *([label, f"{speeds[key]:.0f}", f"{ratios[key]:.2f}"] for key, label in LABELS.items())])
 
 
+def sparsity_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_sparsity.py`: comparing two models, streamed and loaded."""
+    sides = {"ours": "`sparsity`", "four": "transformers, four definitions", "one": "transformers, one definition"}
+    rows = [["model", "compared by", "seconds", "peak MiB", "above libraries, MiB", "seconds / ours", "peak / ours"]]
+    for row in record["rows"]:
+        for side, label in sides.items():
+            found, ratio = row["median"][side], row["ratio"].get(side)
+            sizes = [_mib(found[key]) for key in ("peak_bytes", "above_libraries_bytes")]
+            more = [f"{ratio[key]:.1f}" for key in ("seconds", "peak_bytes")] if ratio else ["", ""]
+            rows.append([row["model"], label, f"{found['seconds']:.1f}", *sizes, *more])
+    return markdown(rows)
+
+
 def _table(what: str, results: Path) -> str:
     """The table of one block."""
     if not what:
@@ -247,6 +261,7 @@ def _table(what: str, results: Path) -> str:
         "traffic": ("bench_scaling.json", traffic_table),
         "traffic_models": ("bench_scaling.json", traffic_models_table),
         "errors": ("profile_errors.json", errors_table),
+        "sparsity": ("bench_sparsity.json", sparsity_table),
         "same_numbers": ("same_numbers.json", same_numbers_table),
         "sandbox": ("bench_sandbox.json", sandbox_table),
     }
