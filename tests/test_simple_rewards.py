@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlvr_lightning.data.gym import GymPrompts
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.choice import Choice
 from rlvr_lightning.rewards.extract import answer_of, extract_answer
@@ -18,7 +19,7 @@ from rlvr_lightning.rewards.function import Function
 from rlvr_lightning.rewards.match import ExactMatch, NumericMatch
 from rlvr_lightning.rewards.score import score
 from rlvr_lightning.rewards.shape import Format, LengthPenalty
-from rlvr_lightning.rewards.tasks import TaskReward
+from rlvr_lightning.rewards.tasks import TaskReward, refuse_evaluation
 from rlvr_lightning.schema import Sample
 
 
@@ -168,16 +169,47 @@ def test_settings_of_shape() -> None:
 
 def test_reasoning_gym_by_name() -> None:
     gym = pytest.importorskip("reasoning_gym", reason="extra [gym]")
-    entries = list(gym.create_dataset("countdown", size=3, seed=7)) + list(
-        gym.create_dataset("leg_counting", size=3, seed=7)
-    )
+    entries = [e for name in ("gcd", "leg_counting") for e in gym.create_dataset(name, size=3, seed=7)]
     right = [sample(f"<answer>{entry['answer']}</answer>", entry=entry, answer=entry["answer"]) for entry in entries]
     assert TaskReward(extract="tag")(right) == [1.0] * 6
     wrong = [sample("<answer>17</answer>", entry=entry, answer=entry["answer"]) for entry in entries[:3]]
     assert TaskReward(extract="tag")(wrong) == [0.0] * 3
-    marks = TaskReward(extract="tag", partial=True)(wrong)
-    assert all(0 < mark < 1 for mark in marks), "countdown gives a little for any expression"
+    assert 0.5 in TaskReward(extract="tag", partial=True)(wrong), "gcd gives half for a number that divides both"
     assert pickle.loads(pickle.dumps(TaskReward(extract="tag", partial=True)))(right)[0] == 1.0
+
+
+def test_tasks_whose_scorers_run_the_answer_are_refused(tmp_path: Path) -> None:
+    gym = pytest.importorskip("reasoning_gym", reason="extra [gym]")
+    from reasoning_gym.factory import DATASETS
+
+    refused = []
+    for name in DATASETS:
+        try:
+            refuse_evaluation(name)
+        except ValueError:
+            refused.append(name)
+    assert sorted(refused) == [
+        "binary_matrix",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    ]
+    entry = gym.create_dataset("spiral_matrix", size=1, seed=7)[0]
+    trace = tmp_path / "trace"
+    hostile = f"[open({str(trace)!r}, 'w').close()]"
+    gym.get_score_answer_fn("spiral_matrix")(hostile, entry)
+    assert trace.exists(), "the gym's own scorer runs it"
+    trace.unlink()
+    with pytest.raises(ValueError, match="task spiral_matrix: its scorer in reasoning-gym runs the answer as Python"):
+        TaskReward()([sample(hostile, entry=entry, answer="x")])
+    assert not trace.exists()
+    with pytest.raises(ValueError, match="or use the reward Countdown"):
+        GymPrompts(tasks={"countdown": 1}, num=3)
 
 
 def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

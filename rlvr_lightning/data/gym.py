@@ -10,7 +10,7 @@ from typing import Any
 
 from rlvr_lightning.data.prompts import ListedPrompts, Record
 from rlvr_lightning.data.wording import Wording
-from rlvr_lightning.rewards.tasks import reasoning_gym
+from rlvr_lightning.rewards.tasks import reasoning_gym, refuse_evaluation
 from rlvr_lightning.seeds import derive_seed
 
 TEMPLATE = "{problem}\nThink first, then give the answer alone in <answer> tags, as in <answer>42</answer>."
@@ -32,7 +32,7 @@ class GymPrompts(ListedPrompts):
     draws, but small tasks have few problems: let `data.cleaning` look for training problems among those to test on.
 
     Args:
-        tasks: weight by name of the task, as in `{chain_sum: 1, countdown: 2}`, or its weight and its settings, as in
+        tasks: weight by name of the task, as in `{chain_sum: 1, gcd: 2}`, or its weight and its settings, as in
             `{chain_sum: {weight: 1, settings: {min_terms: 2}}}`.
         num: how many problems in all; each is of a task drawn by weight.
         seed: of the draws.
@@ -94,5 +94,6 @@ def check_tasks(tasks: dict[str, GymTask], num: int) -> None:
         if name not in DATASETS:
             near = difflib.get_close_matches(name, DATASETS, n=3)
             raise ValueError(f"tasks: reasoning-gym has no {name!r}; near are {', '.join(near or sorted(DATASETS))}")
+        refuse_evaluation(name)
         if not 0 < task.weight < float("inf"):
             raise ValueError(f"tasks.{name}: the weight must be a positive number, got {task.weight}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.extract import Extract, answer_of, check_extract
 from rlvr_lightning.schema import Sample
+
+EVALUATES = re.compile(r"(?<![\w.])(?:eval|exec)\((?!entry\[)|\b(?:sympy|sp)\.(?:parse_expr|sympify)\(")
+"""Of text that is not the data set's own."""
 
 
 class TaskReward(Reward):
@@ -22,7 +27,8 @@ class TaskReward(Reward):
         partial: take the gym's marks between 0 and 1 as they are.
 
     Raises:
-        ValueError: (on scoring a problem of it) the package reasoning-gym is missing.
+        ValueError: (on scoring a problem of it) the package reasoning-gym is missing, or its scorer of the task would
+            run the answer as Python code.
 
     Example:
         >>> sample = lambda text: Sample(prompt="3 + 4 =", text=text, token_ids=[], record={"answer": "7"})
@@ -60,11 +66,33 @@ class TaskReward(Reward):
 
     def _scorer(self, dataset: str) -> Callable[[str, Mapping[str, Any]], float]:
         if dataset not in self._scorers:
+            refuse_evaluation(dataset)
             self._scorers[dataset] = reasoning_gym().get_score_answer_fn(dataset)
         return self._scorers[dataset]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_scorers": {}}  # found again when needed
+
+
+def refuse_evaluation(dataset: str) -> None:
+    """Raise ValueError for a task of reasoning-gym whose scorer runs the answer as Python code.
+
+    Some pass it to `eval`, some to sympy's `parse_expr`, which does the same: a model could run programs on this
+    machine, or give itself full marks.
+    """
+    from reasoning_gym.factory import DATASETS
+
+    scorer = DATASETS[dataset][0].score_answer
+    module = inspect.getmodule(scorer)
+    source = inspect.getsource(scorer)
+    bare = (
+        getattr(getattr(module, "parse_expr", None), "__module__", "").startswith("sympy") and "parse_expr(" in source
+    )
+    if bare or EVALUATES.search(source):
+        raise ValueError(
+            f"task {dataset}: its scorer in reasoning-gym runs the answer as Python code, which may do anything; "
+            "leave it out" + (", or use the reward Countdown" if dataset == "countdown" else "")
+        )
 
 
 def reasoning_gym() -> Any:
