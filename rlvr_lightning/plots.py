@@ -140,7 +140,8 @@ def draw(folder: Path, metrics: Sequence[str]) -> list[Path]:
 def fill(path: Path, check: bool) -> int:
     """Fill a Markdown file's blocks, or check that they are filled; returns the exit status."""
     text = path.read_text()
-    results = path.resolve().parent / "results"
+    folder = path.resolve().parent
+    results = folder if folder.name == "results" else folder / "results"
     new = fill_bench(fill_blocks(text, results), results)
     if check and new != text:
         print(

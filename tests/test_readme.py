@@ -16,13 +16,16 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_tables_show_what_the_records_say() -> None:
-    assert plots([str(ROOT / "README.md"), "--check"]) == 0
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_tables_show_what_the_records_say(page: str) -> None:
+    assert plots([str(ROOT / page), "--check"]) == 0
 
 
-def test_pictures_and_files_exist() -> None:
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_pictures_links_and_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert (ROOT / page).parent.joinpath(path).is_file(), path
     for name in re.findall(r"\b([a-z0-9_.]+\.yaml)\b", README):
         assert name in packaged_configs() or name == "config.yaml", name
 
