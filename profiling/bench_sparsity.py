@@ -11,8 +11,8 @@ turn, with files in the page cache and one thread:
     one             the same with one definition, |a - b| > 1e-5
 
 Bytes are the kernel's high-water mark of resident memory; `above libraries` are those less what the same process held
-with its libraries imported and no model read. All must count the same entries. Run it on an idle machine: the load is
-in the record.
+with its libraries imported and no model read. All must count the same entries. `seconds` are wall time, which other
+processes stretch (the load at the start is in the record), `cpu_seconds` what the process used, from its start.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ FOUR = """x, y = a.float(), b.float()
         counts["rel1e-3"] += int((distance > 1e-3 * torch.maximum(x.abs(), y.abs())).sum())
         counts["fp32"] += int((a != b).sum())"""
 PRINT = """
-print(json.dumps({"peak_bytes": status("VmHWM"), "libraries_bytes": libraries, "changed": counts}))
+import resource
+used = resource.getrusage(resource.RUSAGE_SELF)
+cpu = {"cpu_seconds": used.ru_utime + used.ru_stime}
+print(json.dumps({"peak_bytes": status("VmHWM"), "libraries_bytes": libraries, **cpu, "changed": counts}))
 """
 
 
@@ -126,12 +129,7 @@ def compare(name: str, density: float, repeats: int) -> dict[str, Any]:
     }
     for row in median.values():
         row["above_libraries_bytes"] = row["peak_bytes"] - row["libraries_bytes"]
-    ratio = {
-        side: {
-            key: median[side][key] / median["ours"][key] for key in ("seconds", "peak_bytes", "above_libraries_bytes")
-        }
-        for side in ("four", "one")
-    }
+    ratio = {side: {key: median[side][key] / median["ours"][key] for key in RATIOS} for side in ("four", "one")}
     return {
         "model": name,
         "parameters": parameters,
@@ -142,7 +140,8 @@ def compare(name: str, density: float, repeats: int) -> dict[str, Any]:
     }
 
 
-MEDIANS = ("seconds", "peak_bytes", "libraries_bytes")
+MEDIANS = ("seconds", "cpu_seconds", "peak_bytes", "libraries_bytes")
+RATIOS = ("seconds", "cpu_seconds", "peak_bytes", "above_libraries_bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

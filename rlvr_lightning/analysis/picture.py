@@ -80,7 +80,9 @@ def band(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float | Non
         value, equal, low, mean, high = (100 * (share or 0.0) for share in found)
         axes.vlines(at, low, high, color="#999999", linewidth=6, label="chance, 95 %" if not at else "")
         axes.plot(at, mean, "_", color="black", markersize=9)
-        axes.plot(at + 0.15, equal, "s", color="#0072B2", markersize=4, label="chance at equal exponent" if not at else "")
+        axes.plot(
+            at + 0.15, equal, "s", color="#0072B2", markersize=4, label="chance at equal exponent" if not at else ""
+        )
         axes.plot(at - 0.15, value, "o", color="#D55E00", label="found" if not at else "")
     every = max(1, len(names) // 30)
     axes.set_xticks(range(0, len(names), every), names[::every])

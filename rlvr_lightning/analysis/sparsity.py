@@ -82,8 +82,8 @@ def _histogram(old: np.ndarray, new: np.ndarray, half: np.ndarray) -> np.ndarray
 def as_counts(found: Tally) -> dict[str, Any]:
     """The numbers by name: all integers but what ends in `_frac`.
 
-    `absorbed` are entries whose stored bits differ and whose bf16 view does not. `changed_frac` is of the entries,
-    `absorbed_frac` of those that changed (None if none did).
+    The histogram leaves out empty bins. `absorbed` are entries whose stored bits differ and whose bf16 view does not.
+    `changed_frac` is of the entries, `absorbed_frac` of those that changed (None if none did).
     """
     record = as_record(found.counts, list(DEFINITIONS))
     entries, changed = record["entries"], record["changed"]
@@ -91,7 +91,7 @@ def as_counts(found: Tally) -> dict[str, Any]:
     return record | {
         "sign_flips": found.flips,
         "absorbed": absorbed,
-        "ulp_histogram": {name: int(count) for name, count in zip(BINS, found.histogram, strict=True)},
+        "ulp_histogram": {name: int(count) for name, count in zip(BINS, found.histogram, strict=True) if count},
         "changed_frac": {name: count / max(entries, 1) for name, count in changed.items()},
         "absorbed_frac": absorbed / changed["fp32"] if changed["fp32"] else None,
     }

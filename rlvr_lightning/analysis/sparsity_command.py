@@ -18,7 +18,7 @@ from rlvr_lightning.analysis.command import about, parser, percent, print_about,
 from rlvr_lightning.analysis.groups import cells, groupings
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
-from rlvr_lightning.analysis.sparsity import Tally, as_counts, tally
+from rlvr_lightning.analysis.sparsity import BINS, Tally, as_counts, tally
 from rlvr_lightning.callbacks.change_counts import DEFINITIONS
 
 TITLES = {
@@ -74,9 +74,8 @@ def show(record: dict[str, Any]) -> None:
         return
     zeros = f"{everything['changed_zeros']['fp32']:,} of the {everything['zeros']:,} that were exactly 0"
     print(f"changed: {everything['changed']['fp32']:,} entries, among them {zeros}")
-    found = [(name, count) for name, count in everything["ulp_histogram"].items() if count]
-    most = max(count for _, count in found)
-    rows = [[name, f"{count:,}", "#" * -(-40 * count // most)] for name, count in found]
+    histogram = everything["ulp_histogram"]
+    rows = [[name, f"{count:,}", "#" * -(-40 * count // max(histogram.values()))] for name, count in histogram.items()]
     print_table("|change| in units of the last place of the base's bf16", ["from", "entries", ""], rows, left=(0, 2))
 
 
@@ -110,6 +109,10 @@ def draw(record: dict[str, Any], tallies: dict[str, Tally], options: argparse.Na
     with canvas(options.plot, 2, f"{options.base} -> {options.tuned}") as (left, right):
         shares = {place: 100 * one["changed_frac"]["bf16"] for place, one in counts.items()}
         heat(left, shares, "% of entries changed in the bf16 view")
+        histogram = record["parts"]["all"]["ulp_histogram"]
         bars(
-            right, record["parts"]["all"]["ulp_histogram"], "|change| in bf16 units of the last place, from", "entries"
+            right,
+            {name: histogram.get(name, 0) for name in BINS},
+            "|change| in bf16 units of the last place, from",
+            "entries",
         )
