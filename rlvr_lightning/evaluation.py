@@ -28,7 +28,6 @@ from rlvr_lightning.evaluation_table import Results, as_json, table
 from rlvr_lightning.metrics import Attempts
 from rlvr_lightning.problem_file import ProblemFile, Row, add_attempts, attempts, key_of, new_row
 from rlvr_lightning.ranks import Ranks
-from rlvr_lightning.rewards.base import names_answers
 from rlvr_lightning.schema import RolloutEngine, Sampling
 from rlvr_lightning.scoring import Scorer
 from rlvr_lightning.seeds import derive_seed
@@ -36,6 +35,8 @@ from rlvr_lightning.strategy import Layout
 from rlvr_lightning.trainer_checks import check_strategy
 
 Record = dict[str, Any]
+Found = list[tuple[int, dict[str, Attempts]]]
+"""Of numbered problems, what was tried in each mode."""
 
 
 class Evaluated(LightningModule):
@@ -57,9 +58,8 @@ class Evaluated(LightningModule):
         self._split = "val"
         self._served = 0  # problems, of all ranks
         self._failed = 0  # completions, of this one
-        self._found: dict[
-            str, list[tuple[int, dict[str, Attempts]]]
-        ] = {}  # by benchmark, this rank's numbered problems
+        self._found: dict[str, Found] = {}  # of this rank, by benchmark
+        self._votes: dict[str, bool] = {}  # by benchmark, whether its verifier names answers
         self._file: ProblemFile | None = None
 
     @property
@@ -120,16 +120,12 @@ class Evaluated(LightningModule):
     def report(self) -> str:
         """What was found, for people; on the first rank."""
         assert self._file is not None
-        names = f"no majorities: the verifier {next(iter(self.scorer.rewards))!r} names no answers to vote with\n"
-        missing = names if self.evaluation.several and not self._votes else ""
-        return f"{table(self.results)}\n{missing}problems: {self._file.path}"
-
-    @property
-    def _votes(self) -> bool:
-        return names_answers(next(iter(self.scorer.rewards.values())))
+        silent = [name for name, votes in self._votes.items() if not votes] if self.evaluation.several else []
+        said = f"no majorities of {', '.join(silent)}: the verifier names no answers to vote with\n" if silent else ""
+        return f"{table(self.results)}\n{said}problems: {self._file.path}"
 
     def _begin(self, split: str, loader: Any) -> None:
-        self._split, self._served, self._failed, self._found, self._file = split, 0, 0, {}, None
+        self._split, self._served, self._failed, self._found, self._votes, self._file = split, 0, 0, {}, {}, None
         self._check(getattr(loader, "records", []))
         if not self.keeps_problems:
             return
@@ -151,7 +147,8 @@ class Evaluated(LightningModule):
         """All that decides what is found of a problem, code apart; by name, for JSON. All ranks must ask together."""
         found = {
             "weights": digest_of(dict(self.named_parameters()), self.layout.shards)[:16],
-            "arithmetic": f"{getattr(self, 'compute_dtype', 'auto')}, trainer.precision {self.trainer.precision}",
+            "arithmetic": f"{getattr(self, 'compute_dtype', 'auto')} on {self.device.type}, {self.trainer.precision}",
+            "engine": type(self.engine).__name__,
             "seed": self.seed,
             "stop": self.scorer.stop,
             "verifier": self.scorer.verifier.settings(),
@@ -176,6 +173,9 @@ class Evaluated(LightningModule):
         for name in dict.fromkeys(record["benchmark"] for record in batch):
             found = [(number, attempts(row)) for number, row in mine if row["benchmark"] == name]
             self._found.setdefault(name, []).extend(found)
+            if name not in self._votes:
+                first = next(record for record in batch if record["benchmark"] == name)
+                self._votes[name] = self.scorer.names_answers(first)
 
     def _answer(self, records: list[Record]) -> list[Row]:
         """A row for each problem."""
@@ -190,6 +190,10 @@ class Evaluated(LightningModule):
             texts = [s.text for s in verifier.samples(rollouts, records)] if self.evaluation.completions else []
             self._failed += scores.failed
             add_attempts(rows, mode, rollouts, scores, texts)
+        for record, row in zip(records, rows, strict=True):
+            if not verifier.names_answers(record):
+                for mode in self.evaluation.modes(self.sampling):
+                    row[mode].pop("answers", None)  # that other problems of the batch have
         return rows
 
     def _keep(self, rows: list[Row]) -> None:
@@ -205,7 +209,8 @@ class Evaluated(LightningModule):
         results: Results = {}
         for name, pairs in groups.items():
             results[name] = {}
-            for what, (mode, metric) in self.evaluation.measures(self.ranks, self._votes).items():
+            votes = self._votes.get(name, all(self._votes.values()))
+            for what, (mode, metric) in self.evaluation.measures(self.ranks, votes).items():
                 metric.update([number for number, _ in pairs], [tries[mode] for _, tries in pairs])
                 results[name][what] = metric.compute()
         return results

@@ -45,10 +45,11 @@ def spread(estimate: Estimate) -> str:
 
 def table(results: Results) -> str:
     """A row for each benchmark; accuracies in per cent, with their 95 % intervals."""
-    names = list(next(iter(results.values()), {}))
+    names = list(dict.fromkeys(name for found in results.values() for name in found))
+    names.sort(key=lambda name: "@" not in name)  # lengths last
     rows = [["", "problems", *(HEADINGS.get(name, name) for name in names)]]
     for benchmark, found in results.items():
-        cells = [cell(name, estimate) for name, estimate in found.items()]
+        cells = [cell(name, found[name]) if name in found else "-" for name in names]
         rows.append([benchmark, str(next(iter(found.values())).problems), *cells])
     notes = [NOTE] + [SURE] * any(each.low == each.high for found in results.values() for each in rates(found))
     return "\n".join([aligned(rows), *notes])

@@ -15,7 +15,7 @@ from rlvr_lightning.schema import Rollouts, Sample
 
 Record = dict[str, Any]
 SHOWN = 3
-PLAIN = str | int | float | None | list | tuple | Mapping
+PLAIN = str | int | float | None | list | tuple | Mapping | Reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,13 @@ class Scorer:
         name = next(iter(self.rewards))
         return replace(self, rewards={name: self.rewards[name]}, weights={})
 
+    def names_answers(self, record: Record) -> bool:
+        """Whether the verifier says what the answers to a record's problem are."""
+        return next(iter(self.rewards.values())).names_answers(record)
+
     def settings(self) -> dict[str, Any]:
         """Classes of the rewards and their arguments, as far as they are plain values."""
-        return {name: [type(reward).__qualname__, plain_values(vars(reward))] for name, reward in self.rewards.items()}
+        return plain_values(self.rewards)
 
     def why_not_judged(self, record: Record) -> str | None:
         """Why no completion of a record could be scored, in a line; None if they can."""
@@ -66,11 +70,13 @@ class Scorer:
 
 
 def plain_values(value: Any) -> Any:
-    """Of nested values those that read the same on every run.
+    """Of nested values those that read the same on every run; a reward is its class and its own such values.
 
     >>> plain_values({"a": [1, "x", None], "b": print, "_c": 0})
     {'a': [1, 'x', None]}
     """
+    if isinstance(value, Reward):
+        return [type(value).__qualname__, plain_values(vars(value))]
     if isinstance(value, Mapping):
         kept = {str(name): part for name, part in value.items() if not str(name).startswith("_")}
         return {name: plain_values(part) for name, part in kept.items() if isinstance(part, PLAIN)}

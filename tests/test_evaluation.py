@@ -30,7 +30,8 @@ from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.metrics import Estimate
 from rlvr_lightning.problem_file import read_rows
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
-from rlvr_lightning.rewards.base import Reward, names_answers
+from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rewards.by_field import ByField
 from rlvr_lightning.rewards.choice import Choice
 from rlvr_lightning.rewards.match import ExactMatch, NumericMatch
 from rlvr_lightning.rewards.math_answer import MathAnswer
@@ -309,7 +310,26 @@ def test_without_samples_the_greedy_completion_is_all(tmp_path: Path) -> None:
 def test_a_verifier_without_answers_counts_no_votes(tmp_path: Path) -> None:
     made = validated(tmp_path, rewards={"short": Short()})
     assert not [name for name in made.results["all"] if name.startswith("maj")]
-    assert "no majorities: the verifier 'short' names no answers" in made.report()
+    assert "no majorities of short, long: the verifier names no answers to vote with" in made.report()
+
+
+def test_each_benchmark_may_have_a_verifier_of_its_own(once: tuple[Path, GRPO], tmp_path: Path, capsys) -> None:
+    verifiers = ByField({"short": Short(), "long": FinalAnswer()})
+    made = validated(tmp_path, rewards={"answer": verifiers})
+    assert made.results["long"] == once[1].results["long"]
+    assert "maj@5" not in made.results["short"].keys() | made.results["all"].keys()
+    lines = made.report().splitlines()
+    assert [line.split().count("-") for line in lines[1:4]] == [2, 0, 2]
+    assert "no majorities of short: the verifier names no answers" in lines[-2]
+    rows = [row["sampled"] for row in rows_of(tmp_path) if row["benchmark"] == "short"]
+    assert not any("answers" in row for row in rows), "also where a batch holds problems of both"
+    assert all(
+        right == (length < 20) for row in rows for right, length in zip(row["correct"], row["lengths"], strict=True)
+    )
+    validated(tmp_path, rewards={"answer": ByField({"short": Short(), "long": FinalAnswer(marker="answer")})})
+    assert "verifier changed from" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"data.val.long: .* benchmark: 'long' has no reward among short"):
+        validated(tmp_path, rewards={"answer": ByField({"short": Short()})})
 
 
 def test_in_fit_nothing_is_written(tmp_path: Path) -> None:
@@ -423,7 +443,7 @@ def test_failures_of_the_verifier_are_counted(tmp_path: Path) -> None:
 def test_equal_answers_are_one_text(reward: Reward, texts: list[str], answers: list[str | None]) -> None:
     samples = [Sample(prompt="", text=text, token_ids=[], record={"answer": "1"}) for text in texts]
     assert [reward.answer(sample) for sample in samples] == answers
-    assert names_answers(reward)
+    assert reward.names_answers({})
 
 
 def test_answers_of_the_first_reward_are_kept_and_replaced() -> None:

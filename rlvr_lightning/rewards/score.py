@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlvr_lightning.rewards.base import Reward, names_answers
+from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sample
 
 
@@ -89,16 +89,16 @@ def score(
 
 
 def stated(reward: Reward, samples: Sequence[Sample]) -> list[str | None]:
-    """What a reward takes for the answer of each sample, None where it fails; nothing if it names no answers."""
-    if not names_answers(reward):
-        return []
+    """What a reward takes for the answer of each sample, None where it fails; nothing if it names none of them."""
     answers: list[str | None] = []
+    named = False
     for sample in samples:
         try:
+            named |= reward.names_answers(sample.record)
             answers.append(reward.answer(sample))
         except Exception:  # whatever user code raises
             answers.append(None)
-    return answers
+    return answers if named else []
 
 
 def check_weights(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
