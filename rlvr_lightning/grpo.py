@@ -31,7 +31,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
@@ -51,13 +50,14 @@ from rlvr_lightning.reference import Reference
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
+from rlvr_lightning.rollout.ahead import Ahead, FollowedByVLLM
 from rlvr_lightning.rollout.choose import Engine, Rollout, corrected, longest, settings_of, vllm_engine
 from rlvr_lightning.rollout.vllm.engine import VLLMEngine
 from rlvr_lightning.schema import Rollouts, Sampling, one_token
-from rlvr_lightning.scoring import Scorer, describe, no_signal
+from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
 from rlvr_lightning.strategy import Layout, build_policy
-from rlvr_lightning.telling import log_scores, log_updates
+from rlvr_lightning.telling import log_scores, log_updates, warn_without_signal
 from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer, sharing
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-class GRPO(Evaluated, DeltaCheckpoints):
+class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
     """Train a causal LM on verifiable rewards.
 
     Args:
@@ -134,7 +134,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         check_reference(reference, objective.kl_coef)
         follows = reference == "delta" and objective.kl_coef > 0 and not lora and dtype == "bfloat16"
         check_optimizer(optimizer, gradient_release, follows)
-        self.vllm = settings_of(rollout, lora is not None)
+        self.vllm = settings_of(rollout, lora is not None, handling.resample_rounds)
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
@@ -149,7 +149,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         self.reference: Reference | None = None
         self.engine: Engine = cast(Engine, None)
         self.updates: Updates = cast(Updates, None)  # made with the optimizer
-        self.stale = False  # whether the batch was sampled before the weights moved last
+        self.ahead: Ahead | None = None
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
         self.nonfinite_in_row = 0  # optimizer steps
         self.layout = Layout()
@@ -176,6 +176,7 @@ class GRPO(Evaluated, DeltaCheckpoints):
         room = longest(self.policy, prompt_tokens, self.sampling.max_tokens)
         arithmetic = (self.compute_dtype, self._trainer)
         self.engine = vllm_engine(self.policy, self.layout, self.vllm, self.model_name, (stops, pad), room, *arithmetic)
+        self.ahead = Ahead(self.engine) if self.vllm.max_staleness else None
 
     def _new_policy(self, empty: bool) -> Policy:
         model = self.load_model(empty)
@@ -213,29 +214,20 @@ class GRPO(Evaluated, DeltaCheckpoints):
         if prompts := getattr(data, "prompts_per_step", None):
             check_batches(prompts, self.group_size, self.batching, self.gradient_release, sharing(trainer))
 
-    def on_fit_start(self) -> None:
-        """Start vLLM, if it samples: what it lacks is known now rather than later."""
-        super().on_fit_start()
-        if isinstance(self.engine, VLLMEngine):
-            self.engine.start()
-
-    def teardown(self, stage: str) -> None:
-        """End vLLM."""
-        if isinstance(self.engine, VLLMEngine):
-            self.engine.close()
-
     # ---- one training step ----
 
     def training_step(self, batch: list[Record], batch_idx: int) -> None:
         """Sample, score, learn."""
         started = time.perf_counter()
         records = batch[self.ranks.rank :: self.ranks.size]
+        if self.ahead is not None and not (records := self.ahead.exchange(self, batch)):
+            self.rollout_step += 1
+            return  # the first batch is under way, and there is nothing to train on
         rollouts, scores, seconds = self.rollout(records)
         log_scores(self, rollouts, scores)
         self.log_dict(tell_curriculum(self, records, scores))
         experience = self.judge(rollouts, scores, records)
-        if self.rollout_step == 0 and not self.ranks.any(bool(has_signal(scores.total, self.group_size).any())):
-            rank_zero_warn(no_signal(self.last_samples, self.group_size))
+        warn_without_signal(self, scores)
         learning = time.perf_counter()
         self.learn(experience)
         self._phase("")
@@ -267,7 +259,10 @@ class GRPO(Evaluated, DeltaCheckpoints):
         started = time.perf_counter()
         prompts = [r["prompt_ids"] for r in records]
         seeds = [derive_seed(self.seed, self.rollout_step, r["index"], round_) for r in records]
-        rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
+        if self.ahead is None:
+            rollouts = self.engine.generate(prompts, self.group_size, self.sampling, seeds)
+        else:
+            rollouts = self.ahead.take()
         self._phase("reward")
         sampled = time.perf_counter()
         scores = self.layout.tensor.first(self.scorer(rollouts, records, self.failures_file))
@@ -290,6 +285,8 @@ class GRPO(Evaluated, DeltaCheckpoints):
         advantages = group_advantages(rewards, self.group_size, self.advantage)
         samples = self.scorer.samples(rollouts, records)
         told = describe(samples, scores, advantages, self.rollout_step)
+        if self.ahead is not None:
+            told = [sample | {"staleness": lag} for sample, lag in zip(told, self.ahead.lags, strict=True)]
         self.last_samples = told if self.layout.tensor.rank == 0 else []  # the others have the same
         ref_logprobs = None
         if self.reference is not None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from rlvr_lightning.advantage import has_signal
 from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.schema import Rollouts
+from rlvr_lightning.scoring import no_signal
 
 
 def log_scores(module: Any, rollouts: Rollouts, scores: Scores) -> None:
@@ -60,12 +62,21 @@ def log_updates(module: Any, made: Sequence[Mapping[str, float]], learning_rate:
     module.log_dict(values)
 
 
+def warn_without_signal(module: Any, scores: Scores) -> None:
+    """Show some completions of the run's first batch if there is nothing to learn from in it; called by all ranks."""
+    if module.rollout_step != (module.ahead is not None):
+        return
+    if not module.ranks.any(bool(has_signal(scores.total, module.group_size).any())):
+        rank_zero_warn(no_signal(module.last_samples, module.group_size))
+
+
 FRESH = ("ratio_mean", "rollout_gap", "rollout_gap_max", "rollout_kl")
 """How far the sampler was from the policy: before the first update only one's rounding or age is in it."""
 
 
 def check_fresh(module: Any, ratio: float) -> None:
     """Before the first update the policy *is* the sampler: say so loudly when it is not."""
+    stale = module.ahead is not None and any(module.ahead.lags)
     truncated_sampling = module.sampling.top_p < 1 or module.sampling.top_k > 0
-    if abs(ratio - 1) > 0.01 and not truncated_sampling and not module.stale:
+    if abs(ratio - 1) > 0.01 and not truncated_sampling and not stale:
         rank_zero_warn(f"policy/fresh_ratio_mean is {ratio:.4f}, not 1: the sampler's weights are not the policy's")

@@ -23,8 +23,13 @@ Rollout = Literal["hf", "vllm"] | VLLM
 Engine = HFEngine | VLLMEngine
 
 
-def settings_of(rollout: Rollout, lora: bool) -> VLLM | None:
+def settings_of(rollout: Rollout, lora: bool, resample_rounds: int = 0) -> VLLM | None:
     """How vLLM is to run; None for the embedded engine.
+
+    Args:
+        rollout: the setting.
+        lora: whether adapters are trained.
+        resample_rounds: times that groups without signal are drawn again.
 
     Raises:
         ValueError: it is not there, or cannot do what is asked.
@@ -36,6 +41,8 @@ def settings_of(rollout: Rollout, lora: bool) -> VLLM | None:
     require_vllm(settings)
     if lora:
         raise ValueError("rollout: vllm cannot follow adapters; leave out lora, or set rollout: hf")
+    if settings.max_staleness and resample_rounds:
+        raise ValueError("handling.resample_rounds draws groups again at once: set it to 0, or rollout.max_staleness")
     return settings
 
 

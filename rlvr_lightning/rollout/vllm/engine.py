@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +59,22 @@ class Client(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Prompts that are being sampled."""
+
+    prompts: Sequence[Sequence[int]]
+    copies: int
+    """Of each answer."""
+    requests: list[Request]
+    options: dict[str, Any]
+    answers: dict[int, list[Answer]] | Future[dict[int, list[Answer]]]
+
+    def wait(self) -> dict[int, list[Answer]]:
+        """The answers by the place of their request, without those that a lost server left unfinished."""
+        return self.answers.result() if isinstance(self.answers, Future) else self.answers
+
+
 class VLLMEngine:
     """Draws completions of the current policy through vLLM; a `RolloutEngine`.
 
@@ -93,6 +112,8 @@ class VLLMEngine:
         """Of the last sync: `rollout/sync_bytes`, `rollout/sync_dense_bytes` (what all weights take), `time/sync_s`."""
         self._syncs = 0
         self._told = False
+        self._threads = ThreadPoolExecutor(1, "vllm-ahead")
+        self._under_way: Batch | None = None
 
     def start(self) -> None:
         """Start vLLM now, if it is not there."""
@@ -123,37 +144,80 @@ class VLLMEngine:
         Raises:
             ValueError: a prompt and its completion would not fit `max_len`.
         """
+        return self.finish(self.begin(prompts, group, sampling, seeds))[0]
+
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group: int,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        background: bool = False,
+    ) -> Batch:
+        """Bring the weights over and start to sample; `finish` gives what came of it.
+
+        Args:
+            prompts: as for `generate`, like the next three.
+            group: completions of each.
+            sampling: limits and temperature.
+            seeds: one for each prompt.
+            background: return at once, so that this process can train meanwhile; the weights stay as they were now.
+        """
         longest = max(map(len, prompts), default=0) + sampling.max_tokens
         if longest > self.max_len:
             raise ValueError(f"sampling.max_tokens: with the longest prompt {longest} tokens, over {self.max_len}")
+        if self._under_way is not None:
+            self._under_way.wait()  # its weights must not change
         self.client.wake()
         keys = stream_keys(seeds, 1).tolist() if prompts else []
         drawn = group if sampling.temperature else 1  # greedy completions are all alike
         requests = [Request(prompt, drawn, key & SEEDS) for prompt, key in zip(prompts, keys, strict=True)]
-        answers = self._sample(requests, sampling_options(sampling, self.stop_token_ids))
-        answers = [answer for answer in answers for _ in range(group // drawn)]
-        self.client.sleep()
-        return rollouts_of(prompts, answers, self.pad_token_id, self.device)
+        options = sampling_options(sampling, self.stop_token_ids)
+        try:
+            self.catch_up()
+            job: Callable[[], dict[int, list[Answer]]] = partial(self.client.sample, requests, options)
+        except Lost as error:
+            log.warning("rollout: a vLLM server was lost in an update: %s", error)
+            job = dict
+        batch = Batch(prompts, group // drawn, requests, options, self._threads.submit(job) if background else job())
+        self._under_way = batch if background else self._under_way
+        return batch
 
-    def _sample(self, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer]:
-        """Completions in the order of the requests, each sampled to its end by one set of weights."""
-        found: dict[int, list[Answer]] = {}
-        for attempt in range(ATTEMPTS):
-            left = [k for k in range(len(requests)) if k not in found]
+    def finish(self, batch: Batch) -> tuple[Rollouts, list[bool]]:
+        """Wait for what was begun; what a lost server left unfinished is sampled again, with the weights of now.
+
+        Returns:
+            The rollouts, and of each whether it was sampled again.
+        """
+        found = dict(batch.wait())
+        self._under_way = None if self._under_way is batch else self._under_way
+        again = self._again(batch, found)
+        self.client.sleep()
+        answers = [answer for k in range(len(batch.requests)) for answer in found[k] for _ in range(batch.copies)]
+        group = len(answers) // max(1, len(batch.requests))
+        rollouts = rollouts_of(batch.prompts, answers, self.pad_token_id, self.device)
+        return rollouts, [k in again for k in range(len(batch.requests)) for _ in range(group)]
+
+    def _again(self, batch: Batch, found: dict[int, list[Answer]]) -> set[int]:
+        """Sample what is not found yet, each prompt to its end by one set of weights; returns which these were."""
+        missing = [k for k in range(len(batch.requests)) if k not in found]
+        for _ in range(ATTEMPTS):
+            left = [k for k in missing if k not in found]
+            if not self.ranks.any(bool(left)):
+                return set(missing)
+            log.warning("rollout: sampling %d of %d prompts again", len(left), len(batch.requests))
+            self.client.recover()
+            self.sync.forget()
             try:
-                if attempt:
-                    log.warning("rollout: sampling %d of %d prompts again", len(left), len(requests))
-                    self.client.recover()
-                    self.sync.forget()
                 self.catch_up()
-                answers = self.client.sample([requests[k] for k in left], options)
+                answers = self.client.sample([batch.requests[k] for k in left], batch.options)
             except Lost as error:
                 log.warning("rollout: a vLLM server was lost in an update: %s", error)
                 answers = {}
             found |= {left[k]: those for k, those in answers.items()}
-            if not self.ranks.any(len(found) < len(requests)):
-                return [answer for k in range(len(requests)) for answer in found[k]]
-        raise RuntimeError(f"rollout: vLLM left {len(requests) - len(found)} prompts unfinished, {ATTEMPTS} times")
+        if not self.ranks.any(any(k not in found for k in missing)):
+            return set(missing)
+        raise RuntimeError(f"rollout: vLLM left prompts unfinished, {ATTEMPTS} times")
 
     def catch_up(self) -> None:
         """Bring the policy's weights over."""
@@ -193,6 +257,9 @@ class VLLMEngine:
     def close(self) -> None:
         """End vLLM; it is started again when it is needed."""
         if self._client is not None:
+            if self._under_way is not None:
+                self._under_way.wait()
+                self._under_way = None
             self._client.close()
             self._client = None
             self.sync.forget()
