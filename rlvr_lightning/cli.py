@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -179,24 +180,29 @@ class RLVRCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(text)
 
-    def before_validate(self) -> None:
-        """Measure problem by problem, and show our table rather than Lightning's."""
-        if isinstance(self.model, Evaluated):
-            self.model.keeps_problems = True
-            self.config_init[self.subcommand]["verbose"] = False
+    def validate(self, **kwargs: Any) -> None:
+        """Measure on the validation problems."""
+        self._measure(self.trainer.validate, kwargs)
 
-    def after_validate(self) -> None:
-        """What was found."""
-        if isinstance(self.model, Evaluated) and self.trainer.is_global_zero:
+    def test(self, **kwargs: Any) -> None:
+        """Measure on the test problems."""
+        self._measure(self.trainer.test, kwargs)
+
+    def _measure(self, run: Callable[..., Any], settings: dict[str, Any]) -> None:
+        """Problem by problem where the module can, with our table instead of Lightning's."""
+        if not isinstance(self.model, Evaluated):
+            run(**settings)
+            return
+        self.model.keeps_problems = True
+        try:
+            run(**settings | {"verbose": False})
+        except SystemExit:  # Lightning's of Ctrl-C, ours of SIGTERM
+            told = self.model.interrupted()
+            if told and self.trainer.is_global_zero:
+                print(f"\n{told}", file=sys.stderr, flush=True)
+            raise
+        if self.trainer.is_global_zero:
             print(self.model.report())
-
-    def before_test(self) -> None:
-        """As `before_validate`."""
-        self.before_validate()
-
-    def after_test(self) -> None:
-        """As `after_validate`."""
-        self.after_validate()
 
 
 def device_of(accelerator: str) -> torch.device:

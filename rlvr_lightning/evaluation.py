@@ -124,6 +124,13 @@ class Evaluated(LightningModule):
         said = f"no majorities of {', '.join(silent)}: the verifier names no answers to vote with\n" if silent else ""
         return f"{table(self.results)}\n{said}problems: {self._file.path}"
 
+    def interrupted(self) -> str:
+        """What is kept of an evaluation that did not end; nothing if it had not begun."""
+        if self._file is None:
+            return ""
+        kept = f"{self._file.kept} problems are kept in {self._file.path}"
+        return f"interrupted: {kept}; the same command goes on from there"
+
     def _begin(self, split: str, loader: Any) -> None:
         self._split, self._served, self._failed, self._found, self._votes, self._file = split, 0, 0, {}, {}, None
         self._check(getattr(loader, "records", []))

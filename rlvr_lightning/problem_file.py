@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ class ProblemFile:
     settings: Mapping[str, Any]
     rows: dict[Key, Row] = field(default_factory=dict)
     """Of an earlier evaluation with the same settings, without texts."""
+    kept: int = 0
+    """Rows in the file."""
     told: str = ""
     """How it begins, in a line for people."""
 
@@ -114,6 +116,7 @@ class ProblemFile:
         part = self.path.with_name(self.path.name + ".part")
         part.write_text("".join(map(line, self.rows.values())), encoding="utf-8")
         os.replace(part, self.path)
+        self.kept = len(self.rows)
         for row in self.rows.values():
             for mode in MODES:
                 row.get(mode, {}).pop("completions", None)
@@ -128,12 +131,13 @@ class ProblemFile:
         part.write_text(json.dumps(known, indent=2, default=str) + "\n", encoding="utf-8")
         os.replace(part, path)
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Write rows so that a kill from here on does not lose them."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(map(line, rows)))
             file.flush()
             os.fsync(file.fileno())
+        self.kept += len(rows)
 
 
 def line(row: Row) -> str:
