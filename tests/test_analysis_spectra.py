@@ -15,6 +15,7 @@ from test_analysis import SHAPES, record, refused, save, states
 from torch import Tensor
 
 from rlvr_lightning.__main__ import main
+from rlvr_lightning.analysis import rank
 from rlvr_lightning.analysis.overlap import Counts, Tally, chance_interval, hypergeometric, moments, summarise
 from rlvr_lightning.analysis.rank import ranks
 from rlvr_lightning.analysis.spectrum import analyse_matrix, leading, principal_angles, top_mask
@@ -52,9 +53,9 @@ SPECTRA = {
 @pytest.mark.parametrize("shape", [(37, 101), (101, 37)])
 def test_exact_ranks(name: str, shape: tuple[int, int]) -> None:
     matrix = with_spectrum(*shape, SPECTRA[name])
-    found, (rank, effective, stable) = ranks(matrix), naive_ranks(matrix)
+    found, (full, effective, stable) = ranks(matrix), naive_ranks(matrix)
     assert found.sketch == 0 and found.full == 37
-    assert (found.matrix.low, found.matrix.high) == (rank, rank)
+    assert (found.matrix.low, found.matrix.high) == (full, full)
     assert (found.effective.low, found.effective.high) == (effective, effective)
     assert found.stable.low == found.stable.high == pytest.approx(stable, 1e-5)
 
@@ -65,9 +66,9 @@ def test_a_sketch_bounds_what_is_true(name: str, seed: int, monkeypatch: pytest.
     monkeypatch.setattr("rlvr_lightning.analysis.rank.SMALL", 16)
     monkeypatch.setattr("rlvr_lightning.analysis.rank.FIRST_SKETCH", 5)
     matrix = with_spectrum(211, 97, SPECTRA[name], seed)
-    found, (rank, effective, stable) = ranks(matrix, torch.Generator().manual_seed(seed)), naive_ranks(matrix)
+    found, (full, effective, stable) = ranks(matrix, torch.Generator().manual_seed(seed)), naive_ranks(matrix)
     assert (found.sketch > 0) == (name in ("one", "three", "falling"))  # of the others it would be no use
-    assert found.matrix.low <= rank <= found.matrix.high
+    assert found.matrix.low <= full <= found.matrix.high
     assert found.effective.low <= effective <= found.effective.high
     assert found.effective.high - found.effective.low <= 0.05 * found.effective.high
     assert found.stable.low * (1 - 1e-5) <= stable <= found.stable.high * (1 + 1e-5)
@@ -75,8 +76,6 @@ def test_a_sketch_bounds_what_is_true(name: str, seed: int, monkeypatch: pytest.
 
 def test_a_sketch_that_sees_little_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds hold whatever the sketch: here of 3 directions, without a second look."""
-    from rlvr_lightning.analysis import rank
-
     for name, values in SPECTRA.items():
         matrix = with_spectrum(101, 53, values)
         found = rank.bounds(*rank.sketch(matrix, 3, torch.Generator().manual_seed(1)), matrix.shape, 3)
@@ -84,6 +83,14 @@ def test_a_sketch_that_sees_little_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         for (low, high), true in zip((found.matrix, found.effective, found.stable), expected, strict=True):
             assert low * (1 - 1e-5) <= true <= high * (1 + 1e-5), name
     assert (found.effective.low, found.effective.high) != (expected[1], expected[1])
+
+
+def test_bounds_worked_by_hand() -> None:
+    """Squares 60 and 40 of which a sketch saw 50 and 30: 99 % may be had from 2 values, and not from 1."""
+    found = rank.bounds(torch.tensor([50.0, 30.0]), 20.0, 100.0, torch.Size([9, 5]), 2)
+    assert found.effective == (2, 5)
+    assert found.stable == (100 / 70, 100 / 50)
+    assert found.matrix == (2, 5)
 
 
 def test_angles_shift_and_masks() -> None:
@@ -208,9 +215,9 @@ def test_rank_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a[experts], b[experts] = torch.zeros(2, 3, 5), torch.stack([torch.zeros(3, 5), torch.ones(3, 5)])
     paths = [save(tmp_path / "a", a), save(tmp_path / "b", b)]
     found = record(capsys, "rank", *paths)
-    rank, effective, stable = naive_ranks(b[name].float() - a[name].float())
+    full, effective, stable = naive_ranks(b[name].float() - a[name].float())
     row = found["by_tensor"][name]
-    assert (row["full"], row["matrix"], row["effective"]) == (3, [rank] * 2, [effective] * 2)
+    assert (row["full"], row["matrix"], row["effective"]) == (3, [full] * 2, [effective] * 2)
     assert row["stable"][0] == pytest.approx(stable, 1e-5)
     assert found["by_tensor"][f"{experts}[1]"]["effective"] == [1, 1]
     matrices = {name for name in SHAPES if len(SHAPES[name]) == 2} - {"model.layers.1.mlp.up_proj.weight"}
