@@ -243,12 +243,34 @@ def test_an_interrupted_evaluation_goes_on(
     assert counted[-1].prompts == 0
 
 
+def test_an_interruption_says_what_is_kept(tmp_path: Path, counted: list[Counting], monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GRPO, "limit", 10)  # a batch of 4 problems, greedy and sampled, and a part of the second
+    few = ["--data.val.short.num=4", "--data.val.long.num=4", "--data.val_batch=4", "--trainer.accelerator=cpu"]
+    with pytest.raises(SystemExit):
+        main(["validate", "--config", "bench.yaml", *few])
+    kept = "interrupted: 4 problems are kept in runs/bench/version_0/problems_val.jsonl; the same command goes on"
+    assert kept in capsys.readouterr().err
+
+
 def test_only_what_changed_is_measured_again(tmp_path: Path, counted: list[Counting]) -> None:
     validated(tmp_path)
     more = validated(tmp_path, val=benchmarks(short=9))  # other problems under the same numbers, and two more
     unchanged = sum(a == b for a, b in zip(benchmarks()["short"], benchmarks(short=9)["short"], strict=False))
     assert counted[-1].prompts == 2 * (9 - unchanged)
     assert more.results["all"]["pass@1"].problems == 14
+
+
+def test_another_right_answer_is_another_problem(tmp_path: Path, counted: list[Counting]) -> None:
+    class Corrected(Answerless):
+        def __init__(self, *answers: int) -> None:
+            super().__init__(len(answers))
+            self.records = [record | {"answer": answers[i]} for i, record in enumerate(self.records)]
+
+    validated(tmp_path, val={"mine": Corrected(11, 12, 14)})
+    again = validated(tmp_path, val={"mine": Corrected(11, 12, 13)})
+    assert counted[-1].prompts == 2
+    assert again.results["mine"]["greedy_pass@1"].mean == 1.0
 
 
 @pytest.mark.parametrize(
