@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+COMMAND = "python -m rlvr_lightning.profiling.bench_sparsity"
 MEMORY = """
 import re, sys
 def status(key):
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import transformers
 
     record: dict[str, Any] = {
-        "command": " ".join(["python -m rlvr_lightning.profiling.bench_sparsity --models", *options.models]),
+        "command": f"{COMMAND} --models {' '.join(options.models)} --repeats {options.repeats}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.platform(),
         "load_average": os.getloadavg()[0],
