@@ -309,10 +309,10 @@ def test_other_weights_begin_anew(tmp_path: Path, counted: list[Counting], capsy
 
 def test_a_sibling_run_is_found_by_its_settings(tmp_path: Path, counted: list[Counting]) -> None:
     few = {"short": Arithmetic(3, split="val", levels=[1])}
-    for version, seed in enumerate((0, 1, 0)):
+    for version, seed in enumerate((1, 0, 1, 0)):
         validated(tmp_path / f"version_{version}", val=few, seed=seed)
-    assert [engine.prompts for engine in counted] == [6, 6, 0]
-    assert rows_of(tmp_path / "version_2") == rows_of(tmp_path / "version_0")
+    assert [engine.prompts for engine in counted] == [6, 6, 0, 0]
+    assert rows_of(tmp_path / "version_3") == rows_of(tmp_path / "version_1") != rows_of(tmp_path / "version_2")
 
 
 def test_completions_are_kept_on_demand(tmp_path: Path) -> None:
