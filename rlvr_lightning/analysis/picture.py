@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,22 +40,30 @@ def canvas(path: Path, panels: int, title: str) -> Iterator[Any]:
 
 
 def heat(axes: Axes, values: Mapping[tuple[str, str], float], title: str) -> None:
-    """A map of values by (layer, kind of matrix); places without a value stay white."""
+    """A map of values by (layer, kind of matrix); places without a value stay white.
+
+    Where one value would drown the others, colours are logarithmic, and 0 has that of the least.
+    """
     layers = sorted({layer for layer, _ in values}, key=lambda layer: (layer == OUTSIDE, layer.zfill(6)))
     kinds = sorted({kind for _, kind in values})
     grid = [[values.get((layer, kind), float("nan")) for kind in kinds] for layer in layers]
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+    positive = sorted(value for value in values.values() if value > 0)
+    wide = bool(positive) and positive[-1] > 10 * positive[len(positive) // 2]
+    least = positive[0] if wide else -math.inf
+    colors = [[value if math.isnan(value) else max(value, least) for value in line] for line in grid]
+    norm = "log" if wide else "linear"
+    image = axes.imshow(colors, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right")
     every = max(1, len(layers) // 30)
     axes.set_yticks(range(0, len(layers), every), ["outside" if x == OUTSIDE else x for x in layers[::every]])
     axes.set_ylabel("layer")
     axes.set_title(title, fontsize=10)
     if len(layers) <= 16:
-        low, high = image.get_clim()
+        bar = (positive[0] * positive[-1]) ** 0.5 if wide else sum(image.get_clim()) / 2
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
-                if value == value:
-                    color = "black" if value > (low + high) / 2 else "white"
+                if not math.isnan(value):
+                    color = "black" if value > bar else "white"
                     axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=color)
     axes.figure.colorbar(image, ax=axes)
 
@@ -84,11 +93,11 @@ def band(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float | Non
             at + 0.15, equal, "s", color="#0072B2", markersize=4, label="chance at equal exponent" if not at else ""
         )
         axes.plot(at - 0.15, value, "o", color="#D55E00", label="found" if not at else "")
-    every = max(1, len(names) // 30)
-    axes.set_xticks(range(0, len(names), every), names[::every])
+    every = max(1, len(names) // 40)
+    axes.set_xticks(range(0, len(names), every), names[::every], rotation=90, fontsize=8)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
     axes.set_ylabel("% of the changed entries")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.25)
-    axes.legend(loc="lower left")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=3)
