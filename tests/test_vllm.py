@@ -22,7 +22,7 @@ from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.optim import SGD
-from rlvr_lightning.policy import TINY, Policy, load_model, load_tokenizer
+from rlvr_lightning.policy import TINY, LoRA, Policy, load_model, load_tokenizer
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.rollout import stop_token_ids
 from rlvr_lightning.rollout.hf import HFEngine
@@ -52,11 +52,12 @@ def untied(folder: Path) -> str:
 class Pair:
     """A policy, and vLLM that follows it, in this process or as a server."""
 
-    def __init__(self, folder: str, settings: VLLM, lr: float, log_file: Path) -> None:
-        self.policy = Policy(load_model(folder, torch.bfloat16))
+    def __init__(self, folder: str, settings: VLLM, lr: float, log_file: Path, lora: LoRA | None = None) -> None:
+        bare = load_model(folder, torch.bfloat16)
+        self.policy = Policy(lora.adapt(bare) if lora else bare)
         self.policy.compute_in(torch.float32)
         self.hf = HFEngine(self.policy.model, STOPS, TOKENIZER.pad_token_id)
-        options = engine_options(settings, folder, torch.float32, 128, CPU)
+        options = engine_options(settings, folder, torch.float32, 128, CPU, lora.rank if lora else 0)
 
         def start() -> Any:
             if settings.mode == "colocated":
@@ -69,7 +70,7 @@ class Pair:
 
         sync = WeightSync(self.policy, torch.float32)
         self.vllm = VLLMEngine(start, sync, STOPS, TOKENIZER.pad_token_id, settings, 128, CPU)
-        self.optimizer = SGD(self.policy.parameters(), lr=lr)
+        self.optimizer = SGD([p for p in self.policy.parameters() if p.requires_grad], lr=lr)
         self.vllm.follow(self.optimizer)
         self.steps = 0
 
@@ -77,7 +78,7 @@ class Pair:
         """A step that changes some entries of everything."""
         generator = torch.Generator().manual_seed(self.steps)
         self.steps += 1
-        for parameter in self.policy.parameters():
+        for parameter in (p for p in self.policy.parameters() if p.requires_grad):
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         self.optimizer.step()
 
@@ -256,6 +257,21 @@ def test_validation_is_that_of_the_embedded_engine(tmp_path: Path) -> None:
         (told,) = trainer.validate(model, datamodule=data, verbose=False)
         found.append(told["val/sums/greedy_pass@1"])
     assert found[0] == found[1] and 0 < found[0] < 1
+
+
+@pytest.mark.parametrize("mode", ["colocated", "server"])
+def test_of_adapters_only_the_adapters_are_sent(mode: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pair = Pair(str(TINY), VLLM(mode=mode), 0.05, tmp_path / "log.txt", LoRA(rank=3))
+    seeds = list(range(len(PROMPTS)))
+    for number in range(4):
+        one = pair.vllm.generate(PROMPTS, 1, greedy(), seeds)
+        assert_same(one, pair.hf.generate(PROMPTS, 1, greedy(), seeds), 1e-3)
+        sent, dense = pair.vllm.metrics["rollout/sync_bytes"], pair.vllm.metrics["rollout/sync_dense_bytes"]
+        adapters = sum(p.nbytes for p in pair.policy.parameters() if p.requires_grad)
+        assert sent > dense if number == 0 else adapters <= sent < adapters + 20_000
+        pair.step()
+    pair.vllm.close()
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,11 @@ Rollout = Literal["hf", "vllm"] | VLLM
 Engine = HFEngine | VLLMEngine
 
 
-def settings_of(rollout: Rollout, lora: bool, resample_rounds: int = 0) -> VLLM | None:
+def settings_of(rollout: Rollout, resample_rounds: int = 0) -> VLLM | None:
     """How vLLM is to run; None for the embedded engine.
 
     Args:
         rollout: the setting.
-        lora: whether adapters are trained.
         resample_rounds: times that groups without signal are drawn again.
 
     Raises:
@@ -39,8 +38,6 @@ def settings_of(rollout: Rollout, lora: bool, resample_rounds: int = 0) -> VLLM 
     settings = VLLM() if rollout == "vllm" else rollout
     assert isinstance(settings, VLLM)
     require_vllm(settings)
-    if lora:
-        raise ValueError("rollout: vllm cannot follow adapters; leave out lora, or set rollout: hf")
     if settings.max_staleness and resample_rounds:
         raise ValueError("handling.resample_rounds draws groups again at once: set it to 0, or rollout.max_staleness")
     return settings
@@ -98,12 +95,17 @@ def vllm_engine(
     """
     if layout.tensor.size > 1:
         raise ValueError("rollout: vllm cannot follow a policy split by trainer.strategy.tensor; set it to 1")
+    lora_rank = max((each.r for each in getattr(policy.model, "peft_config", {}).values()), default=0)
+    if lora_rank and layout.data.size > 1:
+        raise ValueError("rollout: vllm follows adapters of one process only; leave out lora, or set rollout: hf")
+    if lora_rank and settings.max_staleness:
+        raise ValueError("rollout.max_staleness: 1 is for weights without adapters; set it to 0")
     device = layout.data.device if trainer is None else trainer.strategy.root_device
     mixed = trainer is not None and str(trainer.precision).startswith("bf16")
     dtype = torch.bfloat16 if mixed else compute_dtype_of(policy, compute_dtype, device)
 
     def start() -> Client:
-        options = engine_options(settings, folder, dtype, max_len, device)
+        options = engine_options(settings, folder, dtype, max_len, device, lora_rank)
         if settings.mode == "colocated":
             from rlvr_lightning.rollout.vllm.colocated import Colocated
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlvr_lightning.rollout.vllm.requests import Answer, Request
+from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder
 from rlvr_lightning.rollout.vllm.sync import Part
 
 
@@ -31,6 +34,9 @@ class Colocated:
 
             self.llm = LLM(**options, enable_sleep_mode=sleeps, disable_log_stats=True)
         self.sleeps = sleeps
+        self._adapter: Any = None
+        self._adapters = 0
+        self._folder = Path(tempfile.mkdtemp(prefix="rlvr-adapter-", dir=memory_folder()))
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
 
     def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> dict[int, list[Answer]]:
@@ -40,7 +46,7 @@ class Colocated:
 
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt)) for request in requests]
         each = [SamplingParams(**options, n=request.num, seed=request.seed) for request in requests]
-        made = self.llm.generate(prompts, each, use_tqdm=False)
+        made = self.llm.generate(prompts, each, lora_request=self._adapter, use_tqdm=False)
         return {k: [answer_of(one) for one in sorted(m.outputs, key=lambda o: o.index)] for k, m in enumerate(made)}
 
     def recover(self) -> None:
@@ -60,6 +66,18 @@ class Colocated:
         self.llm.reset_prefix_cache()
         return size
 
+    def load_adapter(self, save: Callable[[Path], None]) -> int:
+        """Sample with adapters from now on, which `save` writes into a folder; returns their bytes."""
+        from vllm.lora.request import LoRARequest
+
+        save(self._folder)
+        self._adapters += 1  # a new name: what is known by the old one must not be used
+        self._adapter = LoRARequest(f"policy-{self._adapters}", self._adapters, str(self._folder))
+        self.llm.llm_engine.add_lora(self._adapter)
+        if self._adapters > 1:
+            self.llm.llm_engine.remove_lora(self._adapters - 1)
+        return sum(file.stat().st_size for file in self._folder.glob("*.safetensors"))
+
     def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """SHA-256 of each tensor that the engine holds."""
         return self.llm.collective_rpc("weight_digests", args=(json.dumps(dict(shapes)),))[0]
@@ -77,6 +95,7 @@ class Colocated:
     def close(self) -> None:
         """End the engine."""
         self.llm.llm_engine.engine_core.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def answer_of(made: Any) -> Answer:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,10 @@ class Client(Protocol):
 
     def update(self, parts: Iterator[Part]) -> int:
         """Take in weights; returns the bytes that were sent."""
+        ...
+
+    def load_adapter(self, save: Callable[[Path], None]) -> int:
+        """Sample with adapters from now on, which `save` writes into a folder; returns their bytes."""
         ...
 
     def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -224,6 +229,8 @@ class VLLMEngine:
         started, sparse = time.perf_counter(), self.sync.sparse
         try:
             sent = self.client.update(self.sync.parts())
+            if self.sync.adapter is not None:
+                sent += self.client.load_adapter(self.sync.save_adapter)
         except BaseException:
             self.sync.forget()  # it may have taken some of them
             raise

@@ -23,7 +23,7 @@ def call(url: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) 
         timeout_s: for each wait.
 
     Returns:
-        The JSON that it answers, or None if that is nothing.
+        The JSON that it answers, or None if it answers something else, or nothing.
 
     Raises:
         Lost: no connection, no answer in time, or a status of 500 and above.
@@ -43,4 +43,5 @@ def call(url: str, path: str, body: Mapping[str, Any] | None, timeout_s: float) 
     if answer.status >= 400:
         told = f"{url}{path}: {answer.status} {content[:300].decode(errors='replace')}"
         raise Lost(told) if answer.status >= 500 else ValueError(f"rollout: {told}")
-    return json.loads(content) if content else None
+    kind = answer.getheader("Content-Type") or ""
+    return json.loads(content) if content and kind.startswith("application/json") else None

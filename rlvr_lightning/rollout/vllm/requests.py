@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from rlvr_lightning.rollout.vllm.settings import VLLM
 from rlvr_lightning.schema import Sampling
 
 CPU_KV_GIB = 0.25
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,18 @@ class Answer:
 
 
 def engine_options(
-    settings: VLLM, folder: str, dtype: torch.dtype, max_len: int, device: torch.device
+    settings: VLLM, folder: str, dtype: torch.dtype, max_len: int, device: torch.device, lora_rank: int = 0
 ) -> dict[str, Any]:
-    """Arguments of vLLM, the same for both modes: empty weights, which are sent from the policy."""
+    """Arguments of vLLM, the same for both modes: empty weights, which are sent from the policy.
+
+    Args:
+        settings: how it runs.
+        folder: of the model's config, or its name on the hub.
+        dtype: of weights and arithmetic.
+        max_len: of prompt and completion.
+        device: cpu or cuda.
+        lora_rank: of adapters; 0 for none.
+    """
     cpu = device.type == "cpu"
     kv_gib = settings.kv_cache_gib or (CPU_KV_GIB if cpu else None)
     options: dict[str, Any] = {
@@ -54,8 +66,13 @@ def engine_options(
         "weight_transfer_config": {"backend": "rlvr_lightning"},
     }
     options |= {"kv_cache_memory_bytes": int(kv_gib * 2**30)} if kv_gib else {}
-    options |= {} if cpu else {"gpu_memory_utilization": settings.memory_frac}
-    return options
+    if lora_rank:  # two of them for a moment, when one takes the place of the other
+        rank = next(each for each in LORA_RANKS if each >= lora_rank)
+        options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 2}
+    if not cpu:
+        return options | {"gpu_memory_utilization": settings.memory_frac}
+    # On a CPU a prompt read in pieces breaks seeded sampling: "CPU Generator does not use offset".
+    return options | {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_len)}
 
 
 def sampling_options(sampling: Sampling, stop_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -70,3 +87,9 @@ def sampling_options(sampling: Sampling, stop_token_ids: Sequence[int]) -> dict[
         "logprobs": 0,  # the sampled token's
         "detokenize": False,
     }
+
+
+def memory_folder() -> Path | None:
+    """Where files are kept in memory, if the system has such a place."""
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) else None

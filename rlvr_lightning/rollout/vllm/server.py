@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.vllm.http import Lost, call
-from rlvr_lightning.rollout.vllm.requests import Answer, Request
+from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder
 from rlvr_lightning.rollout.vllm.sync import Part
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def command_line(options: Mapping[str, Any], port: int) -> list[str]:
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            words += [flag] if value else []
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
             words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     return [*words, "--tokens-only", "--port", str(port)]
@@ -64,6 +64,7 @@ class Started:
             port = probe.getsockname()[1]
         self.url, self.log_file = f"http://127.0.0.1:{port}", log_file
         environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # opens the routes for weights
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if options.get("enforce_eager"):
             environment.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -138,9 +139,10 @@ class Servers:
         self.urls = [url.rstrip("/") for url in urls]
         self._start, self.timeout_s, self.ranks = start, timeout_s, ranks
         self.own: Started | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="rlvr-weights-", dir=folder or _memory_folder()))
+        self._folder = Path(tempfile.mkdtemp(prefix="rlvr-weights-", dir=folder or memory_folder()))
         self.version = 0
         """Of the weights that all servers have."""
+        self._adapter = ""
         self.recover()
 
     def sample(self, requests: Sequence[Request], options: dict[str, Any]) -> dict[int, list[Answer]]:
@@ -170,6 +172,7 @@ class Servers:
             raise Lost(f"{url}: no time is left of rollout.timeout_s = {self.timeout_s:g}")
         settings = options | {"n": request.num, "seed": request.seed}
         body = {"token_ids": list(request.prompt), "sampling_params": settings}
+        body |= {"model": self._adapter} if self._adapter else {}
         told = call(url, "/inference/v1/generate", body, left_s)
         answers = [answer_of(choice) for choice in sorted(told["choices"], key=lambda choice: choice["index"])]
         stale = {version for answer in answers for version in answer.versions} - {str(self.version)}
@@ -193,6 +196,21 @@ class Servers:
         error = self.ranks.first(error or self._all("/reset_prefix_cache", {}))
         if error:
             raise Lost(error)
+        return size
+
+    def load_adapter(self, save: Callable[[Path], None]) -> int:
+        """Sample with adapters from now on, which `save` writes into a folder; returns their bytes."""
+        name, old = f"policy-{self.version}", self._adapter
+        folder = self._folder / name
+        save(folder)
+        error = self._all("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        if old and not error:
+            error = self._all("/v1/unload_lora_adapter", {"lora_name": old})
+        if error:
+            raise Lost(error)
+        self._adapter = name
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        shutil.rmtree(self._folder / old if old else self._folder / "none", ignore_errors=True)
         return size
 
     def _all(self, path: str, body: Mapping[str, Any]) -> str:
@@ -236,6 +254,7 @@ class Servers:
                 self.own.close()
             self.own = self._start()
             self.urls = [self.own.url]
+        self._adapter = ""
         for url in self.urls:
             self._await(url)
             call(url, "/init_weight_transfer_engine", {"init_info": {}}, self.timeout_s)
@@ -271,9 +290,3 @@ def answer_of(choice: Mapping[str, Any]) -> Answer:
     logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
     versions = tuple(str(span["version"]) for span in choice.get("weight_versions") or ())
     return Answer(list(choice["token_ids"]), logprobs, choice["stop_reason"] is not None, versions)
-
-
-def _memory_folder() -> Path | None:
-    """Where files are kept in memory, if the system has such a place."""
-    memory = Path("/dev/shm")
-    return memory if os.access(memory, os.W_OK) else None

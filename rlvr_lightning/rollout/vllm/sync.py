@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +42,10 @@ class WeightSync:
     What changed is known from the optimizer's own record of it (`follow`), for weights in 16 bits; without one, and
     after an update that did not arrive, everything is sent.
 
+    Adapters of a policy (LoRA) are all that moves: the weights beneath them are sent once.
+
     Args:
-        policy: whole or sharded; without adapters.
+        policy: whole or sharded.
         dtype: in which the engine holds its weights.
     """
 
@@ -49,7 +53,10 @@ class WeightSync:
         self.policy, self.dtype = policy, dtype
         self._following = False
         self._changed: dict[Tensor, TensorDelta | None] | None = None
-        self._names = {p: name for name, p in policy.causal_lm.named_parameters()}  # tied ones once
+        named = policy.causal_lm.named_parameters()  # tied ones once
+        self._names = {p: name.replace(".base_layer.", ".") for name, p in named if "lora_" not in name}
+        self.adapter: Any = policy.model if hasattr(policy.model, "peft_config") else None
+        """The model with adapters, if it has any."""
 
     @property
     def dense_bytes(self) -> int:
@@ -59,6 +66,9 @@ class WeightSync:
     def follow(self, optimizer: Optimizer) -> bool:
         """Listen to an optimizer; False if the weights are such that nearly all of them change, or are sharded."""
         trainable = [p for p in self._names if p.requires_grad]
+        if not trainable:
+            self._following = True
+            return True
         if any(p.element_size() != 2 or hasattr(p, "placements") for p in trainable):
             return False
         on_change(optimizer, self._note, lambda p: p in self._names)
@@ -80,13 +90,17 @@ class WeightSync:
 
     def arrived(self) -> None:
         """The engine holds the policy's weights."""
-        empty = {p: TensorDelta.between(p, p) for p in self._names if p.requires_grad} if self._following else None
-        self._changed = empty  # type: ignore[assignment]
+        trainable = [p for p in self._names if p.requires_grad]
+        self._changed = {p: TensorDelta.between(p, p) for p in trainable} if self._following else None
 
     @property
     def sparse(self) -> bool:
         """Whether the next update sends entries."""
         return self._changed is not None
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapters, as peft does."""
+        self.adapter.save_pretrained(str(folder))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors."""
