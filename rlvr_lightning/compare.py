@@ -22,7 +22,7 @@ from rlvr_lightning.evaluation_table import aligned
 from rlvr_lightning.problem_file import Row, about, differences, read_rows
 
 SHOWN = 3
-CHANCE = 0.05
+CHANCE, LEAST = 0.05, 0.0001
 Problems = dict[tuple[str, str, int], Row]
 """By benchmark, id, and how often the id came before."""
 
@@ -53,18 +53,19 @@ class Difference:
     def words(self) -> str:
         """The same in a sentence."""
         points = f"{100 * abs(self.b - self.a):.1f}".removesuffix(".0")
-        found = f"a difference of {points} points on {self.problems} problems ({self.how}): p = {told_p(self.p)}"
+        what = f"a difference of {points} points" if self.a != self.b else "no difference"
         verdict = "could be chance" if self.p >= CHANCE else "unlikely to be chance"
-        return f"{self.benchmark}, {self.measure}: {found}; {verdict}"
+        p = f"p {told_p(self.p)}" if self.p < LEAST else f"p = {told_p(self.p)}"
+        return f"{self.benchmark}, {self.measure}: {what} on {self.problems} problems ({self.how}): {p}; {verdict}"
 
 
 def told_p(p: float) -> str:
     """A p-value for people.
 
     >>> told_p(0.6875), told_p(0.00042), told_p(1e-9), told_p(1.0)
-    ('0.69', '0.00042', '<0.0001', '1')
+    ('0.69', '0.00042', '< 0.0001', '1')
     """
-    return "<0.0001" if p < 0.0001 else f"{p:.2g}"
+    return f"< {LEAST}" if p < LEAST else f"{p:.2g}"
 
 
 def find_file(source: Path) -> Path:
