@@ -12,7 +12,7 @@ turn, with files in the page cache and one thread:
 
 Bytes are the kernel's high-water mark of resident memory; `above libraries` are those less what the same process held
 with its libraries imported and no model read. All must count the same entries. `seconds` are wall time, which other
-processes stretch (the load at the start is in the record), `cpu_seconds` what the process used, from its start.
+processes stretch (the load before it is in the record), `cpu_seconds` what the process used, from its start.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def compare(name: str, density: float, repeats: int) -> dict[str, Any]:
     from rlvr_lightning.profiling.find_model import find_model
 
     found: dict[str, list[dict[str, Any]]] = {}
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         base, tuned, parameters = make_models(name, Path(temporary), density)
         for turn in range(repeats + 1):
@@ -133,6 +134,7 @@ def compare(name: str, density: float, repeats: int) -> dict[str, Any]:
     ratio = {side: {key: median[side][key] / median["ours"][key] for key in RATIOS} for side in ("four", "one")}
     return {
         "model": name,
+        "load_average": load,
         "parameters": parameters,
         "changed": counts[0],
         "median": median,
@@ -160,7 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": f"{COMMAND} --models {' '.join(options.models)} --repeats {options.repeats}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": platform.platform(),
-        "load_average": os.getloadavg()[0],
         "rows": [],
     }
     for name in options.models:

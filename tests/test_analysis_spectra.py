@@ -65,7 +65,7 @@ def test_exact_ranks(name: str, shape: tuple[int, int]) -> None:
 def test_a_sketch_bounds_what_is_true(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlvr_lightning.analysis.rank.SMALL", 16)
     monkeypatch.setattr("rlvr_lightning.analysis.rank.FIRST_SKETCH", 5)
-    matrix = with_spectrum(211, 97, SPECTRA[name], seed)
+    matrix = with_spectrum(411, 397, SPECTRA[name], seed)
     found, (full, effective, stable) = ranks(matrix, torch.Generator().manual_seed(seed)), naive_ranks(matrix)
     assert (found.sketch > 0) == (name in ("one", "three", "falling"))  # of the others it would be no use
     assert found.matrix.low <= full <= found.matrix.high

@@ -12,6 +12,8 @@ ENERGY = 0.99
 SMALL = 1024
 """Matrices whose shorter side is no longer are always decomposed exactly."""
 FIRST_SKETCH = 64
+PAYS = 16
+"""Sketches of more than one column in so many cost as much as the exact decomposition."""
 POWER_ITERATIONS = 2
 ROUNDING = 1e-5
 """Share of the squared norm by which float32 may misstate what a sketch leaves."""
@@ -74,7 +76,7 @@ def ranks(matrix: Tensor, generator: torch.Generator | None = None) -> Ranks:
         s_i(B)^2 <= s_i(A)^2 <= s_i(B)^2 + r2,    sum_k s_i(B)^2 <= sum_k s_i(A)^2 <= sum_k s_i(B)^2 + r2
 
     (Weyl's and Ky Fan's inequalities on A.T A = B.T B + (A - Q B).T (A - Q B)). The sketch is doubled until the
-    effective rank is known to 5 %; when it would be a quarter of the matrix, the exact decomposition costs no more.
+    effective rank is known to 5 %; when it would be a sixteenth of the matrix, the exact decomposition costs no more.
 
     Args:
         matrix: [m, n], finite.
@@ -85,7 +87,7 @@ def ranks(matrix: Tensor, generator: torch.Generator | None = None) -> Ranks:
     (3, 2, 2, 1.5625)
     """
     full, size = min(matrix.shape), FIRST_SKETCH
-    while full > SMALL and 4 * size <= full:
+    while full > SMALL and PAYS * size <= full:
         found, rest, total = sketch(matrix, size, generator)
         result = bounds(found, rest, total, matrix.shape, size)
         if result.effective.high - result.effective.low <= 0.05 * result.effective.high:

@@ -4,8 +4,8 @@
 `effective`: the fewest singular values that hold 99 % of the sum of their squares. `stable`: that sum over the largest
 square. Matrices whose shorter side has up to 1024 entries are decomposed exactly. Larger ones are sketched at random
 (Halko, Martinsson and Tropp 2011), and what the sketch leaves bounds the error: numbers come as low..high, which holds
-for certain but for rounding; where 5 % cannot be had from a sketch of a quarter of the matrix, the exact decomposition
-is made. Rounding to bf16 is a change of full rank: `rank` says little, the other two more.
+for certain but for rounding; where 5 % cannot be had from a sketch of a sixteenth, the exact decomposition is made.
+Rounding to bf16 is a change of full rank: `rank` says little, the other two more.
 """
 
 from __future__ import annotations
