@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlvr_lightning.callbacks.change_counts import kind_of
 from rlvr_lightning.delta.file import DeltaFile, Stored, load_delta
 from rlvr_lightning.delta.folder import Progress, apply_to_folder, diff_folders, find_tensors
 
@@ -70,8 +71,6 @@ def _apply(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from rlvr_lightning.callbacks.change_counts import kind_of  # loads Lightning, which the others do without
-
     delta = load_delta(options.file)
     if options.json:
         print(json.dumps(describe(delta), indent=1))
