@@ -237,6 +237,28 @@ def sandbox_table(record: dict[str, Any]) -> str:
     return markdown([*rows, *([label, f"{speeds[key]:.0f}", f"{ratios[key]:.2f}"] for key, label in LABELS.items())])
 
 
+def vllm_table(record: dict[str, Any]) -> str:
+    """Of the record of `profiling/bench_vllm.py`: tokens a second of each engine, and what a sync takes."""
+    rows = [
+        ["model", "engine", "tokens a second", "of embedded", "start s", "all weights: MiB", "ms", "entries: MiB", "ms"]
+    ]
+    for row in record["rows"]:
+        speeds = row["median_tokens_per_s"]
+        for side, speed in speeds.items():
+            cells = [
+                row["model"],
+                side,
+                f"{speed:,.0f}",
+                f"{speed / speeds['embedded']:.2f}",
+                f"{row['start_s'][side]:.0f}",
+            ]
+            for kind in ("dense", "sparse"):
+                sync = row["sync"].get(side, {}).get(kind)
+                cells += [_mib(sync["bytes"]), f"{1000 * sync['seconds']:.0f}"] if sync else ["", ""]
+            rows.append(cells)
+    return markdown(rows)
+
+
 def sparsity_table(record: dict[str, Any]) -> str:
     """Of the record of `profiling/bench_sparsity.py`: comparing two models, streamed and loaded."""
     sides = {"ours": "`sparsity`", "four": "transformers, four definitions", "one": "transformers, one definition"}
@@ -256,6 +278,7 @@ def _table(what: str, results: Path) -> str:
         return bench_table(results)
     makers = {
         "delta": ("bench_delta.json", delta_table),
+        "vllm": ("bench_vllm.json", vllm_table),
         "checkpoints": ("checkpoint_bytes.json", checkpoint_table),
         "scaling": ("bench_scaling.json", scaling_table),
         "traffic": ("bench_scaling.json", traffic_table),

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # before anything imports triton: its kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `reference` and each other's helpers by name
 
+from rlvr_lightning import heap
 from rlvr_lightning.schema import Rollouts
 
 torch.set_num_threads(1)  # two threads on busy cores wait for each other
@@ -20,7 +21,9 @@ torch.set_num_threads(1)  # two threads on busy cores wait for each other
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    """The same random numbers, and none of the buffers that a test before may have left."""
     torch.manual_seed(0)
+    heap._buffers.__dict__.clear()
 
 
 def tiny_causal_lm(kind: str = "qwen3", **overrides):

@@ -321,7 +321,7 @@ def test_segments_are_coded_in_order_by_several_threads(monkeypatch, tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(bits(moved), bits(fresh), strict=True))
 
 
-CODING_BYTES = 48 << 20
+CODING_BYTES = 80 << 20
 
 
 def grown(work) -> int:
