@@ -86,7 +86,7 @@ class Pair:
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = str(TINY) if request.param == "tied" else untied(tmp_path_factory.mktemp("untied"))
-    made = Pair(folder, VLLM(check_every=1), 1e-5, Path())
+    made = Pair(folder, VLLM(sync="sparse", check_every=1), 1e-5, Path())
     yield made
     made.vllm.close()
 
@@ -177,8 +177,6 @@ def test_after_an_update_that_was_cut_off_everything_is_sent(pair: Pair) -> None
     with pytest.raises(ConnectionError, match="cut off"):
         pair.vllm.generate(PROMPTS, 1, greedy(), list(range(15)))
     pair.vllm.sync.parts = parts  # type: ignore[method-assign]
-    if hasattr(pair.vllm.client, "llm"):
-        pair.vllm.client.llm.collective_rpc("finish_weight_update")
     one = pair.vllm.generate(PROMPTS, 1, greedy(), list(range(15)))
     assert pair.vllm.metrics["rollout/sync_sparse"] == 0.0
     assert_same(one, pair.hf.generate(PROMPTS, 1, greedy(), list(range(15))))
@@ -230,7 +228,7 @@ def fit(model: GRPO, folder: Path, steps: int) -> Trainer:
 
 
 def test_grpo_learns_from_it_and_says_how_far_it_is_from_the_trainer(tmp_path: Path) -> None:
-    model = module(str(TINY), "vllm", batching=Batching(minibatches=3))
+    model = module(str(TINY), VLLM(sync="sparse"), batching=Batching(minibatches=3))
     assert model.objective.correction == "truncate", "by default"
     trainer = fit(model, tmp_path, steps=6)
     told = trainer.callback_metrics
@@ -240,6 +238,13 @@ def test_grpo_learns_from_it_and_says_how_far_it_is_from_the_trainer(tmp_path: P
     embedded = module(str(TINY), "hf")
     fit(embedded, tmp_path, steps=0 + 1)
     assert model.engine._client is None, "ended with the run"
+
+
+def test_no_room_for_the_kv_cache_is_said_before_training(tmp_path: Path) -> None:
+    model = module(str(TINY), VLLM(kv_cache_gib=1e-6))
+    with pytest.raises(ValueError, match=r"^rollout: vLLM cannot start: .*; raise rollout.kv_cache_gib or") as caught:
+        fit(model, tmp_path, steps=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_validation_is_that_of_the_embedded_engine(tmp_path: Path) -> None:
@@ -353,5 +358,5 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
     options = engine_options(VLLM(), str(tmp_path), torch.float32, 128, CPU)
-    with pytest.raises(RuntimeError, match=r"rollout: the vLLM server ended; the end of .*log.txt: .*nonsense"):
+    with pytest.raises(ValueError, match=r"rollout: the vLLM server ended; the end of .*log.txt: .*nonsense"):
         Started(options, tmp_path / "log.txt", None, 200.0)

@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder
+from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder, one_line, remedy
 from rlvr_lightning.rollout.vllm.sync import Part
 
 
@@ -22,6 +22,9 @@ class Colocated:
 
     Starting it leaves the global random numbers of torch as they were. It asks torch.distributed for a group of its
     own, so that must be initialised before, if it is to be used.
+
+    Raises:
+        ValueError: vLLM cannot start with these options.
     """
 
     def __init__(self, options: dict[str, Any], sleeps: bool) -> None:
@@ -32,7 +35,10 @@ class Colocated:
         with _same_random_numbers():
             from vllm import LLM
 
-            self.llm = LLM(**options, enable_sleep_mode=sleeps, disable_log_stats=True)
+            try:
+                self.llm = LLM(**options, enable_sleep_mode=sleeps, disable_log_stats=True)
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(f"rollout: vLLM cannot start: {one_line(str(error))}{remedy(str(error))}") from error
         self.sleeps = sleeps
         self._adapter: Any = None
         self._adapters = 0
@@ -57,11 +63,15 @@ class Colocated:
         """Take in weights; returns the bytes that came."""
         size = 0
         self.llm.collective_rpc("start_weight_update")
-        for part in parts:
-            self.llm.collective_rpc(
-                "update_weights", kwargs={"update_info": {"shapes": part.shapes, "tensors": part.tensors}}
-            )
-            size += part.nbytes
+        try:
+            for part in parts:
+                update = {"shapes": part.shapes, "tensors": part.tensors}
+                self.llm.collective_rpc("update_weights", kwargs={"update_info": update})
+                size += part.nbytes
+        except BaseException:
+            with suppress(RuntimeError):  # it may have ended by itself; another must be able to begin
+                self.llm.collective_rpc("finish_weight_update")
+            raise
         self.llm.collective_rpc("finish_weight_update")
         self.llm.reset_prefix_cache()
         return size

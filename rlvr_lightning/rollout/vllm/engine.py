@@ -134,7 +134,8 @@ class VLLMEngine:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Learn from an optimizer what changes, if that is to be sent."""
-        if self.settings.sync == "dense":
+        whole = self.settings.sync == "dense" or (self.settings.sync == "auto" and self.settings.mode == "colocated")
+        if whole and self.sync.adapter is None:
             return
         if not self.sync.follow(optimizer) and self.settings.sync == "sparse":
             raise ValueError(
@@ -244,7 +245,7 @@ class VLLMEngine:
             "rollout/sync_sparse": float(sparse),
             "time/sync_s": time.perf_counter() - started,
         }
-        if not self._told and not sparse and self._syncs == 2:
+        if self.settings.mode == "server" and not self._told and not sparse and self._syncs == 2:
             self._told = True
             log.warning("rollout: weights are sent whole; for entries alone, train bfloat16 weights in one process")
 
@@ -264,10 +265,10 @@ class VLLMEngine:
     def close(self) -> None:
         """End vLLM; it is started again when it is needed."""
         if self._client is not None:
-            if self._under_way is not None:
+            self._client.close()
+            if self._under_way is not None:  # what it still waited for is lost now
                 self._under_way.wait()
                 self._under_way = None
-            self._client.close()
             self._client = None
             self.sync.forget()
 

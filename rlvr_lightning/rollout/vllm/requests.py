@@ -93,3 +93,19 @@ def memory_folder() -> Path | None:
     """Where files are kept in memory, if the system has such a place."""
     memory = Path("/dev/shm")
     return memory if os.access(memory, os.W_OK) else None
+
+
+def one_line(text: str) -> str:
+    """The end of a text, without line breaks."""
+    return " ".join(text.split())[-1200:]
+
+
+def remedy(told: str) -> str:
+    """What to do about an error of vLLM, as far as that is known.
+
+    >>> remedy("ValueError: No available memory for the cache blocks.")
+    '; raise rollout.kv_cache_gib or rollout.memory_frac, or lower sampling.max_tokens'
+    """
+    if any(sign in told.lower() for sign in ("kv cache", "cache blocks", "free memory")):
+        return "; raise rollout.kv_cache_gib or rollout.memory_frac, or lower sampling.max_tokens"
+    return ""

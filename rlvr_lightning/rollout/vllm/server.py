@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rollout.vllm.http import Lost, call
-from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder
+from rlvr_lightning.rollout.vllm.requests import Answer, Request, memory_folder, one_line, remedy
 from rlvr_lightning.rollout.vllm.sync import Part
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Started:
         timeout_s: for the start.
 
     Raises:
-        RuntimeError: it ended, or did not answer in time; with the end of its log.
+        ValueError: it ended, or did not answer in time; with the end of its log.
     """
 
     def __init__(self, options: Mapping[str, Any], log_file: Path, gpu: int | None, timeout_s: float) -> None:
@@ -95,9 +95,10 @@ class Started:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 ended = self.process.poll() is not None
                 self.close()
-                tail = " | ".join(self.log_file.read_text(errors="replace").strip().splitlines()[-5:])
+                text = self.log_file.read_text(errors="replace").strip()
+                tail = one_line(" | ".join(text.splitlines()[-5:]))
                 why = "ended" if ended else f"did not answer within rollout.timeout_s = {timeout_s:g} s"
-                raise RuntimeError(f"rollout: the vLLM server {why}; the end of {self.log_file}: {tail[-1500:]}")
+                raise ValueError(f"rollout: the vLLM server {why}{remedy(text)}; the end of {self.log_file}: {tail}")
             time.sleep(0.5)
 
     @property
@@ -242,7 +243,7 @@ class Servers:
         if self.ranks.rank == 0:
             try:
                 self._make_ready()
-            except (RuntimeError, Lost) as problem:
+            except (RuntimeError, ValueError, Lost) as problem:
                 error = str(problem)
         self.urls, error = self.ranks.first((self.urls, error))
         if error:
@@ -257,6 +258,8 @@ class Servers:
         self._adapter = ""
         for url in self.urls:
             self._await(url)
+            with contextlib.suppress(Lost):  # of an update that was cut off
+                call(url, "/finish_weight_update", {}, self.timeout_s)
             call(url, "/init_weight_transfer_engine", {"init_info": {}}, self.timeout_s)
 
     def _await(self, url: str) -> None:

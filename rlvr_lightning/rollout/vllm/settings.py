@@ -32,7 +32,8 @@ class VLLM:
     eager: bool = False
     """Without compiling and CUDA graphs: starts faster, decodes slower. A CPU always does without."""
     sync: Literal["auto", "dense", "sparse"] = "auto"
-    """Bring the weights over whole, or only the entries that changed; auto is sparse where few enough change."""
+    """Bring the weights over whole, or only the entries that changed where few enough do. auto: entries to a server;
+    whole in one process, where nothing has to travel and a plain copy is faster."""
     check_every: int = 100
     """Compare the digests of its weights with the policy's after so many syncs; 0 never does."""
     max_staleness: int = 0
