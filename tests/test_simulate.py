@@ -164,4 +164,5 @@ def test_large_models_take_minutes_and_little_memory() -> None:
     for row in rows:
         assert row["resident_bytes"] < 4 << 30
         assert row["processor_s"] < 180  # of one core; the clock's seconds depend on who else is at work
-        assert row["peak_bytes"]["predicted"] == pytest.approx(row["peak_bytes"]["simulated"], rel=0.1)
+        ratio = row["peak_bytes"]["predicted"] / row["peak_bytes"]["simulated"]
+        assert 0.9 < ratio < (1.25 if row["run"]["shard"] > 1 else 1.1)  # of several processes it is an upper bound
