@@ -6,6 +6,8 @@ A sweep file::
     configs:                                   # label: the configs that `fit` gets, in order
       sgd: [sgd.yaml]
       adamw: [adamw.yaml]
+    settings:                                  # by label, what its runs have in common
+      adamw: {model.init_args.warmup_steps: 5}
     grid:                                      # by label, setting: values; all combinations are run
       sgd: {model.init_args.optimizer.init_args.lr: [0.1, 0.3, 1.0]}
       adamw: {model.init_args.optimizer.init_args.lr: [1.0e-5, 1.0e-4]}
@@ -54,6 +56,7 @@ class Sweep:
     name: str
     configs: dict[str, list[str]]
     metrics: list[str]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -69,8 +72,10 @@ class Sweep:
         for name in ("parallel", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sweep.{name} must be at least 1, got {getattr(self, name)}")
-        if unknown := set(self.grid) - set(self.configs):
-            raise ValueError(f"sweep.grid: {sorted(unknown)} are no labels of sweep.configs {sorted(self.configs)}")
+        for name in ("grid", "settings"):
+            if unknown := set(getattr(self, name)) - set(self.configs):
+                labels = sorted(self.configs)
+                raise ValueError(f"sweep.{name}: {sorted(unknown)} are no labels of sweep.configs {labels}")
         for label, grid in self.grid.items():
             for setting, values in grid.items():
                 if not isinstance(values, list) or not values:
@@ -89,10 +94,10 @@ class Sweep:
         ['a-lr=1-seed=7', 'a-lr=2-seed=7']
         """
         for label, configs in self.configs.items():
-            grid = self.grid.get(label, {})
+            grid, common = self.grid.get(label, {}), self.overrides | self.settings.get(label, {})
             for values in itertools.product(*grid.values()):
                 for seed in self.seeds:
-                    yield Run(label, tuple(configs), dict(zip(grid, values, strict=True)), self.overrides, seed)
+                    yield Run(label, tuple(configs), dict(zip(grid, values, strict=True)), common, seed)
 
 
 @dataclass(frozen=True)

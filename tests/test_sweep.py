@@ -77,6 +77,16 @@ def test_the_command_of_a_run():
     ]  # fmt: skip
 
 
+def test_a_label_s_settings_hold_for_its_runs_alone():
+    sgd, adamw = a_sweep(
+        configs={"sgd": ["a.yaml"], "adamw": ["a.yaml"]}, grid={}, seeds=[0], settings={"adamw": {"x": 1}}
+    ).runs()
+    assert "--x=1" in adamw.arguments() and "--x=1" not in sgd.arguments()
+    assert adamw.key == "adamw-seed=0"
+    with pytest.raises(ValueError, match=r"sweep.settings: \['adam'\] are no labels of sweep.configs \['sgd'\]"):
+        a_sweep(settings={"adam": {"x": 1}})
+
+
 def test_curves_count_batches_and_start_before_training(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,reward/mean,step,val/x\n0,,0,0.25\n0,0.5,0,\n0,nan,1,\n0,,1,0.75\n")
