@@ -15,6 +15,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rlvr_lightning.bench_tables import fill_bench
+from rlvr_lightning.rates import lines, swept
 from rlvr_lightning.records import Cell, best_cells, cells, load_records
 from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
 
@@ -58,30 +59,25 @@ def draw_curves(axes: Axes, found: Sequence[Cell], metric: str) -> None:
     axes.legend(fontsize=8)
 
 
-def swept(cell: Cell) -> str | None:
-    """The setting to put on the x axis: the learning rate if it was swept, else the first that is a number."""
-    numbers = [key for key, value in cell.point.items() if isinstance(value, int | float) and value > 0]
-    rates = [key for key in numbers if key.rpartition(".")[2] in ("lr", "learning_rate")]
-    return next(iter(rates + numbers), None)
-
-
 def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
-    """The value at the end of training against the learning rate: seeds as dots, their mean as a line."""
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for cell in found:
-        if (setting := swept(cell)) and (values := cell.values(metric)):
-            rest = {key: value for key, value in cell.point.items() if key != setting}
-            name = Cell(cell.label, rest, []).name
-            lines.setdefault(name, []).append((cell.point[setting], values))
-    for number, (name, points) in enumerate(lines.items()):
+    """Where a metric settles against the learning rate: seeds as dots, their mean as a line, the stable band shaded.
+
+    Rates at which a run failed are crosses at the lower edge.
+    """
+    for number, line in enumerate(lines(found, metric)):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        points.sort()
-        axes.plot([x for x, _ in points], [mean(values) for _, values in points], color=color, linewidth=1.5)
-        dots = [(x, value) for x, values in points for value in values]
-        axes.plot(*zip(*dots, strict=True), marker, color=color, markersize=5, alpha=0.7, label=name)
-    starts = [value for cell in found for value in cell.values(metric, "start")]
-    if starts:
-        axes.axhline(mean(starts), color="grey", linewidth=1, linestyle=":", label="start")
+        good = [point for point in line.points if point.values]
+        axes.plot([p.rate for p in good], [mean(p.values) for p in good], color=color, linewidth=1.5)
+        dots = [(point.rate, value) for point in good for value in point.values]
+        take = f", take {line.suggestion():g}" if line.suggestion() else ""
+        marks = {"linestyle": "", "color": color, "markersize": 5}
+        axes.plot([x for x, _ in dots], [y for _, y in dots], marker=marker, alpha=0.7, label=line.name + take, **marks)
+        failed = [point.rate for point in line.points if point.failed]
+        axes.plot(failed, [0.02] * len(failed), marker="x", transform=axes.get_xaxis_transform(), **marks)
+        if band := line.band():
+            axes.axvspan(band[0].rate, band[-1].rate, color=color, alpha=0.12, linewidth=0)
+        if number == 0 and line.start is not None:
+            axes.axhline(line.start, color="grey", linewidth=1, linestyle=":", label="start")
     axes.set_xscale("log")
     settings = {setting.rpartition(".")[2] for cell in found if (setting := swept(cell))}
     axes.set_xlabel(" / ".join("learning rate" if name == "lr" else name for name in sorted(settings)))
@@ -103,8 +99,8 @@ def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dic
         if name == "rates" and not any(map(swept, found)):
             continue
         columns = min(len(metrics), 3)
-        lines = -(-len(metrics) // columns)
-        figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.6 * lines), squeeze=False)
+        high = -(-len(metrics) // columns)
+        figure, axes = pyplot.subplots(high, columns, figsize=(5.2 * columns, 3.6 * high), squeeze=False)
         for axis, metric in zip(axes.flat, metrics, strict=False):
             draw(axis, shown, metric)
         for axis in axes.flat[len(metrics) :]:

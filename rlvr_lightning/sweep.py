@@ -20,6 +20,10 @@ A sweep file::
     keep_checkpoints: true                     # false: a run that ended well keeps its logs only
 
 A run that has a record is not run again, unless it failed or its command changed. A failed run is a record too.
+
+With `--lr` the config is one that `fit` takes, and its learning rate is what is swept; settings of `fit` may follow:
+
+    python -m rlvr_lightning sweep --config sgd.yaml --lr 1e-3..10 --seeds 0,1 --trainer.max_steps 60
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -43,7 +48,8 @@ from pathlib import Path
 from typing import Any
 
 from rlvr_lightning.configuration import find_config
-from rlvr_lightning.records import curves, load_records, summaries
+from rlvr_lightning.rates import lines, parse_rates
+from rlvr_lightning.records import cells, curves, load_records, summaries
 
 SEED = "seed_everything"
 INTERRUPTED = (130, 143, -2, -15)
@@ -270,16 +276,76 @@ def progress_line(run: Run, record: Mapping[str, Any], metric: str) -> str:
     return f"{run.key}: {record['wall_s']:.0f} s, {metric} {summary['start']:.3f} -> {summary['final']:.3f}"
 
 
+LR = "model.init_args.optimizer.init_args.lr"
+
+
+def lr_sweep(options: argparse.Namespace, settings: Sequence[str]) -> Sweep:
+    """The sweep that `--lr` asks for.
+
+    Args:
+        options: of the command line.
+        settings: of `fit`, as `--name value` or `--name=value`.
+
+    Raises:
+        ValueError: the rates, the seeds or a setting cannot be read.
+    """
+    words = [part for word in settings for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    names = words[::2]
+    if len(words) % 2 or not all(name.startswith("--") and "." in name for name in names):
+        raise ValueError(f"settings of fit come as --name value, got {shlex.join(settings)}")
+    if not all(seed.strip().isdigit() for seed in options.seeds.split(",")):
+        raise ValueError(f"--seeds must be whole numbers with commas between, got {options.seeds!r}")
+    find_config(options.config)
+    label = Path(options.config).stem
+    rates = parse_rates(options.lr, options.per_decade)
+    return Sweep(
+        name=f"{label}_lr",
+        configs={label: [options.config]},
+        grid={label: {LR: rates}},
+        seeds=[int(seed) for seed in options.seeds.split(",")],
+        overrides={name[2:]: value for name, value in zip(names, words[1::2], strict=True)},
+        metrics=[options.metric],
+        parallel=options.parallel,
+        out=options.out or f"runs/{label}_lr",
+        keep_checkpoints=False,
+    )
+
+
+def tell(sweep: Sweep) -> None:
+    """Table, advice on rates and figures of all records there are."""
+    from rlvr_lightning.tables import print_table
+
+    records = list(load_records(sweep.folder).values())
+    print_table(records, sweep.metrics[:3])
+    for line in lines(cells(records), sweep.metrics[0]):
+        print(line.advice())
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: matplotlib is missing (pip install 'rlvr-lightning[plot]')")
+    elif any(record["status"] == "ok" for record in records):
+        from rlvr_lightning.plots import draw
+
+        print("drawn:", *draw(sweep.folder, []))
+
+
 def main(argv: list[str]) -> int:
     """Run a sweep; exit status 1 if any run failed."""
     parser = argparse.ArgumentParser(prog="python -m rlvr_lightning sweep", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config", required=True, help="the sweep file, here or among the packaged configs")
+    parser.add_argument("--config", required=True, help="the sweep file (with --lr: the run's), here or packaged")
     parser.add_argument("--redo", action="store_true", help="run everything again")
     parser.add_argument("--dry_run", action="store_true", help="print the commands that would run")
-    options = parser.parse_args(argv)
+    rates = parser.add_argument_group("learning rates of one config")
+    rates.add_argument("--lr", metavar="LOW..HIGH", help="sweep them over decades, such as 1e-3..10; or a,b,c")
+    rates.add_argument("--per_decade", type=int, default=2, metavar="N", help="rates in each decade (default 2)")
+    rates.add_argument("--seeds", default="0", metavar="A,B", help="seeds of each rate (default 0)")
+    rates.add_argument("--metric", default="reward/mean", help="what is compared (default reward/mean)")
+    rates.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default 1)")
+    rates.add_argument("--out", default="", metavar="DIR", help="folder of records (default runs/CONFIG_lr)")
+    options, settings = parser.parse_known_args(argv)
     try:
-        sweep = read_sweep(find_config(options.config))
+        if settings and not options.lr:
+            raise ValueError(f"unknown {shlex.join(settings)}; settings of fit go into the sweep file")
+        sweep = lr_sweep(options, settings) if options.lr else read_sweep(find_config(options.config))
     except (ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -290,7 +356,5 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"{sweep.name}: {len(todo)} runs to do, {sweep.parallel} at a time, records in {sweep.folder}", flush=True)
     failures = run_all(sweep, todo)
-    from rlvr_lightning.tables import print_table
-
-    print_table(load_records(sweep.folder).values(), sweep.metrics[:3])
+    tell(sweep)
     return 1 if failures else 0

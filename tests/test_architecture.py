@@ -35,6 +35,7 @@ FLOORS = [
         "evaluation_table",
         "problem_file",
     },
+    {"policy_module"},
     {"grpo", "sft"},
     {"callbacks", "profiling"},
     {
@@ -47,6 +48,7 @@ FLOORS = [
         "reward_command",
         "delta_command",
         "records",
+        "rates",
         "tables",
         "sweep",
         "plots",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlvr_lightning import plots, sweep
+from rlvr_lightning.rates import Line, Point
 from rlvr_lightning.records import best_cells, cells, curves, load_records, summaries
 from rlvr_lightning.sweep import Run, Sweep, read_sweep
 from rlvr_lightning.tables import fill_blocks, rows
@@ -250,3 +251,56 @@ def test_figures_hold_the_records_numbers(tmp_path, capsys):
     names = {Path(line).name for line in capsys.readouterr().out.split()}
     assert names == {"curves.png", "curves.svg", "rates.png", "rates.svg", "table.md"}
     assert plots.main([str(tmp_path / "nothing")]) == 2
+
+
+def a_line(*values, start=0.4, lower=False, failed=()):
+    points = [Point(10.0**i, [] if value is None else [value], i in failed) for i, value in enumerate(values)]
+    return Line("sgd", points, start, lower)
+
+
+def test_the_band_is_the_run_of_stable_rates_around_the_best():
+    # gains over 0.4: 0.1, 0.46, 0.5, 0.47, 0.1; nine tenths of the best are 0.45
+    line = a_line(0.5, 0.86, 0.9, 0.87, 0.5)
+    assert [point.rate for point in line.band()] == [10, 100, 1000]
+    assert line.suggestion() == 100
+    assert line.advice() == "sgd: stable from 10 to 1000; take 100"
+    assert a_line(0.9, 0.9, 0.5).suggestion() == 1, "of two the lower one"
+    assert a_line(0.9, 0.5, 0.9, 0.9).suggestion() == 1, "an island does not count, the first of equals does"
+    assert a_line(0.9, 0.91, None).suggestion() == 1
+
+
+def test_a_rate_at_which_a_seed_fails_is_not_stable():
+    assert [point.rate for point in a_line(0.84, 0.85, 0.9, failed=[2]).band()] == [1, 10]
+    assert a_line(None, None, start=None, failed=[0, 1]).advice() == "sgd: no rate ran"
+
+
+def test_less_is_better_where_the_metric_is_a_loss():
+    assert a_line(0.39, 0.2, 0.21, 3.0, lower=True).suggestion() == 10
+    assert a_line(0.5, 0.6, lower=True).advice() == "sgd: no rate gained on the start (0.4)"
+
+
+def test_rates_of_one_config_are_swept_from_the_command_line(stand_in, capsys):
+    command = ["--config", "base.yaml", "--lr", "0.1..1", "--per_decade", "1", "--seeds", "0,2"]
+    assert sweep.main([*command, "--metric", "val/x/pass@1", "--trainer.max_steps", "7", "--data.x=3"]) == 0
+    records = load_records(Path("runs/base_lr"))
+    assert sorted(records) == [f"base-lr={rate}-seed={seed}" for rate in ("0.1", "1.0") for seed in (0, 2)]
+    assert "--trainer.max_steps=7 --data.x=3" in records["base-lr=0.1-seed=2"]["command"]
+    # the stand-in ends at rate / 2 and starts at 0.25
+    assert "base: stable at 1, the highest rate swept: widen --lr; take 1" in capsys.readouterr().out
+    assert Path("runs/base_lr/rates.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "3..1"], "--lr must be LOW..HIGH with 0 < LOW < HIGH, or rates with commas between, got '3..1'"),
+        (["--lr", "0..1"], "--lr must be LOW..HIGH"),
+        (["--lr", "1..2", "--per_decade", "0"], "--per_decade must be at least 1, got 0"),
+        (["--lr", "1..2", "--seeds", "a"], "--seeds must be whole numbers with commas between, got 'a'"),
+        (["--lr", "1..2", "--trainer.max_steps"], "settings of fit come as --name value, got --trainer.max_steps"),
+        (["--trainer.max_steps", "1"], "unknown --trainer.max_steps 1; settings of fit go into the sweep file"),
+    ],
+)
+def test_a_bad_sweep_of_rates_is_one_line(stand_in, capsys, words, message):
+    assert sweep.main(["--config", "base.yaml", *words]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
