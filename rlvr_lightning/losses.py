@@ -17,7 +17,7 @@ from rlvr_lightning.schema import LossOutput
 KLEstimator = Literal["k1", "k2", "k3"]
 Normalization = Literal["token", "sequence", "constant"]
 KL_NAMES: dict[str, KLEstimator] = {"kl": "k3", "kl_k1": "k1", "kl_k2": "k2"}
-"""Metrics of a loss with a KL term; which estimator the term itself takes is another matter."""
+"""Metrics where there is a reference; which estimator a KL term itself takes is another matter."""
 Correction = Literal["none", "truncate", "mask"]
 
 
@@ -27,6 +27,9 @@ class Objective:
 
     ratio: Literal["token", "sequence"] = "token"
     """Importance ratio of each token (GRPO), or the geometric mean over its completion (GSPO)."""
+    surrogate: Literal["clip", "weight"] = "clip"
+    """clip: -min(ratio A, clip(ratio) A), so that what is clipped has no gradient (PPO); weight: -clip(ratio) A log p
+    with the clipped ratio held constant, so that every token keeps one (CISPO)."""
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low. GSPO wants about 3e-4."""
     clip_high: float = 0.2
@@ -38,6 +41,9 @@ class Objective:
     """Weight of KL(policy || reference). 0: no reference is built at all."""
     kl_estimator: KLEstimator = "k3"
     """k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, where d = log policy - log reference."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL term is: added to the loss; or k1 of every sampled token taken off the reward (RLOO, REINFORCE++,
+    PPO), and then no gradient flows through it and `kl_estimator` is not used."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     correction: Literal["auto", "none", "truncate", "mask"] = "auto"
@@ -53,6 +59,11 @@ class Objective:
         for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss has a KL term."""
+        return self.kl_coef > 0 and self.kl_in == "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,20 +170,22 @@ def policy_loss(  # noqa: PLR0913 (what there is to know of a token)
     ref_logprobs: Tensor | None = None,
     old_logprobs: Tensor | None = None,
 ) -> LossOutput:
-    """The clipped surrogate of PPO with group advantages: the loss of GRPO and, by its settings, of its kin.
+    """The clipped surrogate of PPO: the loss of GRPO and, by its settings and its advantages, of its kin.
 
     Sum over tokens of w * (-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL -
-    entropy_coef * entropy), with w from `token_weights` (arXiv 2402.03300, eq. 3, up to the normalization).
+    entropy_coef * entropy), with w from `token_weights` (arXiv 2402.03300, eq. 3, up to the normalization). With
+    `surrogate: weight` the first term is -clip(ratio) * A * log policy, the clipped ratio held constant (arXiv
+    2506.13585, eq. 4).
 
     Args:
         policy_logprobs: float32 [R, T], with gradient.
         rollout_logprobs: float32 [R, T], of the distribution the tokens were drawn from.
-        advantages: float32 [R].
+        advantages: float32 [R], or [R, T] where each token has its own.
         mask: bool [R, T].
         objective: which variant.
         counts: of the whole optimizer step.
         entropy: float32 [R, T] of the policy's distributions.
-        ref_logprobs: float32 [R, T]; needed when `kl_coef` is above 0.
+        ref_logprobs: float32 [R, T]; needed for a KL term in the loss, else only measured.
         old_logprobs: float32 [R, T], the trainer's before the first update on these rollouts, for a `correction`; None
             if this is that update.
 
@@ -181,16 +194,17 @@ def policy_loss(  # noqa: PLR0913 (what there is to know of a token)
         (k3 of sampler against policy), `rollout_gap` (|log policy - log sampler|), `corrected` (1 where the correction
         truncates or leaves out): divide by the token count to log; and of `rollout_gap` the maximum.
     """
+    assert ref_logprobs is not None or not objective.kl_in_loss, "a KL term needs reference log-probs"
     # Filled, not multiplied by the mask: a masked token may hold an infinite value, and 0 * inf is NaN.
     policy_logprobs = policy_logprobs.masked_fill(~mask, 0.0)
     rollout_logprobs = rollout_logprobs.masked_fill(~mask, 0.0)
     valid = mask.float()
     per_token, metrics = _surrogate(policy_logprobs, rollout_logprobs, old_logprobs, advantages, mask, objective)
-    if objective.kl_coef > 0:
-        assert ref_logprobs is not None, "a KL term needs reference log-probs"
+    if ref_logprobs is not None:
         ref_logprobs = ref_logprobs.masked_fill(~mask, 0.0)
-        kl = kl_divergence(policy_logprobs, ref_logprobs, objective.kl_estimator)
-        per_token = per_token + objective.kl_coef * kl
+        if objective.kl_in_loss:
+            kl = kl_divergence(policy_logprobs, ref_logprobs, objective.kl_estimator)
+            per_token = per_token + objective.kl_coef * kl
         for name, estimator in KL_NAMES.items():
             metrics[name] = (kl_divergence(policy_logprobs.detach(), ref_logprobs, estimator) * valid).sum()
     if entropy is not None:
@@ -214,7 +228,8 @@ def _surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped term of each token [R, T], and what is told of it; log-probs are 0 where masked."""
     metrics: dict[str, Tensor] = {}
-    denominator, weight, gain = rollout_logprobs, mask.float(), advantages[:, None]
+    gain = advantages if advantages.ndim == 2 else advantages[:, None]
+    denominator, weight = rollout_logprobs, mask.float()
     if objective.correction in ("truncate", "mask"):
         denominator = policy_logprobs.detach() if old_logprobs is None else old_logprobs.masked_fill(~mask, 0.0)
         weight = correction_weights(denominator, rollout_logprobs, objective.correction, objective.correction_cap)
@@ -224,6 +239,70 @@ def _surrogate(
     with torch.no_grad():
         to_sampler = importance_ratio(policy_logprobs, rollout_logprobs, mask, objective.ratio)
         metrics["ratio"] = (to_sampler.expand_as(mask) * mask).sum()
-        metrics["clipped"] = (((ratio != clipped) & (ratio * gain > clipped * gain)).expand_as(mask) * mask).sum()
+        matters = (ratio * gain > clipped * gain) | (objective.surrogate == "weight")
+        metrics["clipped"] = (((ratio != clipped) & matters).expand_as(mask) * mask).sum()
         metrics["rollout_kl"] = (kl_divergence(rollout_logprobs, policy_logprobs, "k3") * mask).sum()
+    if objective.surrogate == "weight":
+        return -clipped.detach() * gain * policy_logprobs * weight, metrics
     return -torch.minimum(ratio * gain, clipped * gain) * weight, metrics
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float) -> LossOutput:
+    """Half the squared error of a value function, the larger of the clipped and the plain one (PPO, arXiv 1707.06347).
+
+    Sum over tokens of w / 2 * max((v - G)^2, (old + clip(v - old, -clip, clip) - G)^2): a value that has moved by more
+    than `clip` towards its return has no gradient until the next rollouts.
+
+    Args:
+        values: float32 [R, T], with gradient; of the state in which each token was drawn.
+        old_values: float32 [R, T], before the first update on these rollouts.
+        returns: float32 [R, T], what the values should have been.
+        weights: float32 [R, T], see `token_weights`; 0 where masked.
+        clip: how far a value may move; 0 does not clip.
+
+    Returns:
+        The loss, and over valid tokens the sums of `value_loss` (unweighted) and `value_clipped`.
+
+    Example:
+        >>> v, old, returns = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+        >>> out = value_loss(v, old, returns, torch.tensor([[0.5, 0.5]]), clip=0.2)
+        >>> round(float(out.loss), 4), float(out.metrics["value_clipped"])  # (0.8^2 + 0.8^2) / 2 / 2
+        (0.32, 2.0)
+    """
+    valid = weights > 0
+    values, old_values, returns = (x.masked_fill(~valid, 0.0) for x in (values, old_values, returns))
+    error = (values - returns).square() / 2
+    if clip:
+        held = (old_values + (values - old_values).clamp(-clip, clip) - returns).square() / 2
+        clipped = held > error
+        error = torch.maximum(error, held)
+    else:
+        clipped = torch.zeros_like(valid)
+    metrics = {"value_loss": error.detach().sum(), "value_clipped": clipped.sum().float()}
+    return LossOutput(loss=(error * weights).sum(), metrics=metrics)
+
+
+def outcome_loss(process_rewards: Tensor, labels: Tensor, mask: Tensor, completions: int) -> LossOutput:
+    """Cross-entropy of an implicit reward model: PRIME (arXiv 2502.01456), eq. 2 and 3.
+
+    The logit of a completion being right is the sum of its tokens' rewards, beta * log(model / reference).
+
+    Args:
+        process_rewards: float32 [R, T], with gradient.
+        labels: float32 [R], from 0 (wrong) to 1 (right).
+        mask: bool [R, T]; completions without a token count as nothing.
+        completions: that have one, in the whole step: the loss is their mean.
+
+    Returns:
+        The loss, and over completions the sums of `prm_loss` and `prm_right` (1 where the likelier side is the label).
+
+    Example:
+        >>> out = outcome_loss(torch.zeros(2, 3), torch.tensor([1.0, 0.0]), torch.ones(2, 3).bool(), completions=4)
+        >>> round(float(out.loss), 4)  # 2 ln 2 / 4
+        0.3466
+    """
+    logits = process_rewards.masked_fill(~mask, 0.0).sum(1)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none") * mask.any(1)
+    right = ((logits > 0) == (labels > 0.5)) & mask.any(1)
+    metrics = {"prm_loss": each.detach().sum(), "prm_right": right.sum().float()}
+    return LossOutput(loss=each.sum() / max(completions, 1), metrics=metrics)

@@ -48,12 +48,15 @@ def policy_loss(policy, old, adv, mask, o, counts, ent=None, ref=None, trainer=N
         for t in valid:
             ratio = math.exp(policy[r][t] - below[r][t] if o.ratio == "token" else mean_log_ratio)
             clipped = min(max(ratio, 1 - o.clip_low), 1 + o.clip_high)
-            term = -min(ratio * adv[r], clipped * adv[r])
+            gain = adv[r][t] if isinstance(adv[r], list) else adv[r]
+            term = -min(ratio * gain, clipped * gain)
+            if o.surrogate == "weight":
+                term = -clipped * gain * policy[r][t]
             if corrects:
                 apart = math.exp(below[r][t] - old[r][t])
                 inside = 1 / o.correction_cap <= apart <= o.correction_cap
                 term *= min(apart, o.correction_cap) if o.correction == "truncate" else apart * inside
-            if o.kl_coef:
+            if o.kl_coef and o.kl_in == "loss":
                 term += o.kl_coef * kl(policy[r][t], ref[r][t], o.kl_estimator)
             if o.entropy_coef:
                 term -= o.entropy_coef * ent[r][t]
@@ -65,3 +68,43 @@ def policy_loss(policy, old, adv, mask, o, counts, ent=None, ref=None, trainer=N
                 weight = 1 / (counts.completions * counts.max_tokens)
             loss += weight * term
     return loss
+
+
+def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """Of one completion: the sum over k of (gamma lam)^k delta_(t+k)."""
+    length = len(rewards)
+    after = [*values[1:], 0.0]
+    deltas = [rewards[t] + gamma * after[t] - values[t] for t in range(length)]
+    return [sum((gamma * lam) ** k * deltas[t + k] for k in range(length - t)) for t in range(length)]
+
+
+def process_advantages(process: list[list[float]], rewards: list[float], group: int, gamma: float) -> list[list[float]]:
+    """PRIME's eq. 5 over the tokens of each completion."""
+    out = []
+    for i, own in enumerate(process):
+        others = [j for j in range(i // group * group, i // group * group + group) if j != i]
+        baseline = sum(sum(process[j]) / len(process[j]) for j in others) / len(others)
+        outcome = rewards[i] - sum(rewards[j] for j in others) / len(others)
+        n = len(own)
+        returns = [sum(gamma ** (s - t) * (own[s] - baseline) for s in range(t, n)) for t in range(n)]
+        out.append([value + outcome for value in returns])
+    return out
+
+
+def value_loss(values, old, returns, weights, clip: float) -> float:
+    loss = 0.0
+    for r, row in enumerate(weights):
+        for t, weight in enumerate(row):
+            if weight:
+                v, o, g = values[r][t], old[r][t], returns[r][t]
+                near = o + min(max(v - o, -clip), clip) if clip else v
+                loss += weight / 2 * max((v - g) ** 2, (near - g) ** 2)
+    return loss
+
+
+def outcome_loss(process: list[list[float]], labels: list[float], completions: int) -> float:
+    loss = 0.0
+    for own, label in zip(process, labels, strict=True):
+        right = 1 / (1 + math.exp(-sum(own)))
+        loss -= (label * math.log(right) + (1 - label) * math.log(1 - right)) if own else 0.0
+    return loss / completions
