@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from rlvr_lightning.callbacks.optimizer_state import OptimizerState, optimizer_state_bytes
     from rlvr_lightning.callbacks.progress import ShortProgressBar
     from rlvr_lightning.callbacks.update_sparsity import UpdateSparsity
+    from rlvr_lightning.callbacks.why_sparse import WhySparse
 
 __all__ = [
     "GPUMemory",
     "OptimizerState",
     "UpdateSparsity",
+    "WhySparse",
     "CompletionTable",
     "SaveOnInterrupt",
     "ShortProgressBar",
@@ -27,6 +29,7 @@ _MODULES = {
     "GPUMemory": "gpu_memory",
     "OptimizerState": "optimizer_state",
     "UpdateSparsity": "update_sparsity",
+    "WhySparse": "why_sparse",
     "CompletionTable": "completions",
     "SaveOnInterrupt": "interrupt",
     "ShortProgressBar": "progress",

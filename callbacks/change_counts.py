@@ -45,6 +45,23 @@ def layer_of(name: str) -> str:
     return found[1] if found else "none"
 
 
+def matrix_of(name: str) -> str:
+    """Which matrix of a layer a tensor is; norms are all one kind.
+
+    >>> matrix_of("model.layers.3.self_attn.q_proj.weight"), matrix_of("model.layers.0.mlp.experts.7.up_proj.weight")
+    ('attention q_proj', 'mlp up_proj')
+    >>> matrix_of("model.layers.3.self_attn.q_norm.weight"), matrix_of("h.0.attn.c_proj.bias")
+    ('norm', 'attention c_proj bias')
+    """
+    kind = kind_of(name)
+    if kind in ("norm", "embedding", "lm_head"):
+        return kind
+    *parts, last = [part for part in name.partition("[")[0].split(".") if not part.isdecimal()]
+    if last == "weight" and parts:
+        return f"{kind} {parts[-1]}"
+    return f"{kind} {parts[-1]} bias" if last == "bias" and parts else f"{kind} {last}"
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The same memory seen as integers, so that comparing treats NaN like any other pattern."""
     return tensor.view(BITS[tensor.element_size()])

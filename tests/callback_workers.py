@@ -93,7 +93,14 @@ def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
     from precision_modes import MODES, WHOLE
     from test_grpo import fit, module
 
-    from rlvr_lightning.callbacks import CompletionTable, GPUMemory, OptimizerState, UpdateSparsity, snapshots
+    from rlvr_lightning.callbacks import (
+        CompletionTable,
+        GPUMemory,
+        OptimizerState,
+        UpdateSparsity,
+        WhySparse,
+        snapshots,
+    )
     from rlvr_lightning.experience import Batching
     from rlvr_lightning.losses import Objective
     from rlvr_lightning.optim import GradientRelease
@@ -124,7 +131,7 @@ def trained(folder: str, out: Path, case: str) -> dict[str, Any]:
     sparsity = seen.watch(UpdateSparsity(every_n_steps=1), "on_train_start", "_before_step", "_after_step")
     state = seen.watch(OptimizerState(), "on_before_optimizer_step", "on_train_batch_end")
     truth = Truth()
-    callbacks = [truth, sparsity, state, GPUMemory(), CompletionTable(every_n_steps=1)]
+    callbacks = [truth, sparsity, state, GPUMemory(), CompletionTable(every_n_steps=1), WhySparse(1, 10**6)]
     callbacks += [KnownGradients()] if case != "released" else []
     metrics: list[dict[str, float]] = []
     torch.manual_seed(0)

@@ -101,6 +101,24 @@ def test_no_full_tensor_is_built_and_nothing_gathered(out: Path, world: int, cas
         assert set(found["collectives"]) <= {"c10d::allreduce_", "c10d::broadcast_", "c10d::barrier"}
 
 
+def numbers(record: Any) -> list[Any]:
+    """All of a nested record, in order."""
+    if isinstance(record, dict):
+        return [part for key in sorted(record) for part in [key, *numbers(record[key])]]
+    return [record]
+
+
+@pytest.mark.parametrize(("world", "case"), [run for run in RUNS if run[1] != "released"])
+def test_a_sample_of_all_entries_is_watched_as_in_one_process(out: Path, world: int, case: str) -> None:
+    records, expected = (lines(out, *run, "why_sparse.jsonl") for run in ((case, world), (alone(case), 1)))
+    assert [record["step"] for record in records] == [1, 2, 3]
+    for record, one in zip(records, expected, strict=True):
+        del record["sample_bytes"], one["sample_bytes"]
+        assert record["sample_entries"] == read(out, case, world)["entries"]
+        for mine, alone_ in zip(numbers(record), numbers(one), strict=True):
+            assert mine == (pytest.approx(alone_, rel=1e-5) if isinstance(alone_, float) else alone_)
+
+
 def test_a_full_disk_of_one_process_ends_the_measuring_in_all_and_not_the_run(out: Path) -> None:
     for rank in range(2):
         found = read(out, "full disk", 2, rank)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from rlvr_lightning.analysis.command import about, parser, print_about, print_table, run, write_json
-from rlvr_lightning.analysis.groups import by_group, cells, matrices, matrix_of
+from rlvr_lightning.analysis.groups import by_group, cells, matrices
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.rank import Bounds, Ranks, ranks
-from rlvr_lightning.callbacks.change_counts import layer_of
+from rlvr_lightning.callbacks.change_counts import layer_of, matrix_of
 
 SEED = 0
 MEASURES = ("matrix", "effective", "stable")

@@ -16,11 +16,11 @@ from statistics import mean
 from typing import Any
 
 from rlvr_lightning.analysis.command import about, parser, percent, print_about, print_table, run, write_json
-from rlvr_lightning.analysis.groups import by_group, cells, matrices, matrix_of
+from rlvr_lightning.analysis.groups import by_group, cells, matrices
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.spectrum import Shift, analyse_matrix
-from rlvr_lightning.callbacks.change_counts import layer_of
+from rlvr_lightning.callbacks.change_counts import layer_of, matrix_of
 
 SHARE = 0.3
 
