@@ -31,6 +31,10 @@ COMMANDS = {
         "how far the spectra moved, and which entries changed: BASE TUNED",
     ),
     "overlap": ("rlvr_lightning.analysis.overlap_command", "whether runs changed the same weights: A B --base BASE"),
+    "dissect": (
+        "rlvr_lightning.analysis.dissect_command",
+        "all four of every run of a sweep, as records and tables: SWEEP --base BASE",
+    ),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "replay": ("rlvr_lightning.replay", "which completions of a batch make the gradient not finite: FOLDER"),
     "recipes": ("rlvr_lightning.data.recipes", "list the data sets known by name: columns, prompt, reward"),

@@ -15,6 +15,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rlvr_lightning.bench_tables import fill_bench
+from rlvr_lightning.change_tables import fill_changes
 from rlvr_lightning.rates import lines, swept
 from rlvr_lightning.records import Cell, best_cells, cells, load_records
 from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
@@ -70,7 +71,7 @@ def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
         axes.plot([p.rate for p in good], [mean(p.values) for p in good], color=color, linewidth=1.5)
         dots = [(point.rate, value) for point in good for value in point.values]
         take = f", take {line.suggestion():g}" if line.suggestion() else ""
-        marks = {"linestyle": "", "color": color, "markersize": 5}
+        marks: dict[str, Any] = {"linestyle": "", "color": color, "markersize": 5}
         axes.plot([x for x, _ in dots], [y for _, y in dots], marker=marker, alpha=0.7, label=line.name + take, **marks)
         failed = [point.rate for point in line.points if point.failed]
         axes.plot(failed, [0.02] * len(failed), marker="x", transform=axes.get_xaxis_transform(), **marks)
@@ -138,7 +139,7 @@ def fill(path: Path, check: bool) -> int:
     text = path.read_text()
     folder = path.resolve().parent
     results = folder if folder.name == "results" else folder / "results"
-    new = fill_bench(fill_blocks(text, results), results)
+    new = fill_changes(fill_bench(fill_blocks(text, results), results), results)
     if check and new != text:
         print(
             f"error: {path} does not show what the records say: python -m rlvr_lightning plots {path}", file=sys.stderr

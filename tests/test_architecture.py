@@ -49,6 +49,7 @@ FLOORS = [
         "delta_command",
         "records",
         "rates",
+        "change_tables",
         "tables",
         "sweep",
         "plots",
