@@ -36,7 +36,8 @@ def share(values: Iterable[float | None]) -> str:
 
 def load(folder: Path, what: str) -> list[Record]:
     """Records of `dissect`, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted((folder / what).glob("*.json"))]
+    path = folder / f"{what}.json"
+    return list(json.loads(path.read_text()).values()) if path.is_file() else []
 
 
 CHANGES: dict[str, Callable[[Record], float | None]] = {

@@ -40,14 +40,16 @@ def test_it_says_what_the_single_commands_say(sweep, folder, tmp_path, capsys): 
     out, err = capsys.readouterr()
     assert "4 runs, 4 pairs; 8 records made" in out and "1 of 5 runs failed or kept no checkpoint" in err
     for command, arguments, made, parts in (
-        ("sparsity", [folder, "runs/fast-seed=1"], "changes/fast-seed=1", ["parts", "kinds"]),
-        ("overlap", ["runs/fast-seed=1", "runs/slow-seed=1"], "overlaps/fast-seed=1+slow-seed=1", ["parts", "kinds"]),
-        ("spectrum", [folder, "runs/fast-seed=1"], "changes/fast-seed=1", []),
+        ("sparsity", [folder, "runs/fast-seed=1"], "fast-seed=1", ["parts", "kinds"]),
+        ("overlap", ["runs/fast-seed=1", "runs/slow-seed=1"], "fast-seed=1+slow-seed=1", ["parts"]),
+        ("spectrum", [folder, "runs/fast-seed=1"], "fast-seed=1", []),
     ):
         words = [word if word == folder else str(sweep / word) for word in arguments]
         base = ["--base", folder] if command == "overlap" else []
         assert main([command, *words, *base, "--json", str(tmp_path / "one.json")]) == 0
-        alone, kept = (json.loads(path.read_text()) for path in (tmp_path / "one.json", sweep / f"{made}.json"))
+        files = (tmp_path / "one.json", sweep / ("overlaps.json" if "+" in made else "changes.json"))
+        alone, kept = (json.loads(path.read_text()) for path in files)
+        kept = kept[made]
         assert all(alone[part] == kept[part] for part in parts)
         if command == "spectrum":
             assert kept["spectrum"] == alone["groups"]["all"]["all"]
@@ -63,19 +65,23 @@ def test_only_runs_that_ran_again_are_looked_at_again(sweep, folder, capsys):  #
     write(sweep, "slow-seed=0", label="slow", started="later")
     main(["dissect", str(sweep), "--base", folder])
     assert "; 3 records made" in capsys.readouterr().out, "itself, and two pairs"
+    write(sweep, "fast-seed=1", label="fast", seed=1, started="later")
+    main(["dissect", str(sweep), "--base", folder, "--only_changes"])
+    assert "4 runs, 0 pairs; 1 records made" in capsys.readouterr().out
 
 
 def test_tables_are_means_over_seeds_and_pairs(tmp_path):
-    for kind in ("changes", "overlaps"):
-        (tmp_path / "s" / kind).mkdir(parents=True)
+    found: dict[str, dict] = {"changes": {}, "overlaps": {}}
     for seed, frac in ((0, 0.25), (1, 0.75)):
         counts = {"changed_frac": dict.fromkeys(("bf16", "tol1e-5", "fp32"), frac)}
-        record = {"runs": [{"label": "a", "point": {}, "seed": seed}], "parts": {"all": counts}}
-        (tmp_path / "s" / "changes" / f"{seed}.json").write_text(json.dumps(record))
+        found["changes"][str(seed)] = {"runs": [{"label": "a", "point": {}, "seed": seed}], "parts": {"all": counts}}
         runs = [{"label": label, "point": {"x.lr": 0.5}, "seed": seed} for label in "ab"]
         row = dict.fromkeys(("density_a", "density_b", "a_in_b", "a_in_b_equal", "jaccard", "jaccard_equal"), frac)
         row |= {f"{name}_by_chance": [0, 0.5, 1] for name in ("a_in_b", "jaccard")}
-        (tmp_path / "s" / "overlaps" / f"{seed}.json").write_text(json.dumps({"runs": runs, "parts": {"all": row}}))
+        found["overlaps"][str(seed)] = {"runs": runs, "parts": {"all": row}}
+    (tmp_path / "s").mkdir()
+    for kind, records in found.items():
+        (tmp_path / "s" / f"{kind}.json").write_text(json.dumps(records))
     assert change_rows(tmp_path / "s")[1][:6] == ["a", "2", *["50.0 (25.0 to 75.0)"] * 3, "-"]
     assert overlap_rows(tmp_path / "s")[1][:8] == ["a, lr 0.5", "b, lr 0.5", "same", "2"] + [
         "50.0 (25.0 to 75.0)"

@@ -2,8 +2,9 @@
 
 Of each run that kept a checkpoint: the shares of changed entries (`sparsity`), the ranks of the change (`rank`) and the
 shift of the spectrum (`spectrum`). Of each two runs that differ in the seed alone, or in all but the seed: `overlap`.
-Each is a record in SWEEP/changes and SWEEP/overlaps; what has one is not computed again unless the run was. Tables of
-means over seeds are printed; `plots` fills them into Markdown, at `<!-- changes:NAME -->`, `<!-- overlaps:NAME -->`.
+The records are in SWEEP/changes.json and SWEEP/overlaps.json; what has one is not computed again unless the run was.
+Tables of means over seeds are printed; `plots` fills them into Markdown, at `<!-- changes:NAME -->` and
+`<!-- overlaps:NAME -->`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rlvr_lightning.analysis.matching import match
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.overlap import summarise
 from rlvr_lightning.analysis.weights import Weights
+from rlvr_lightning.callbacks.run_files import write_json
 from rlvr_lightning.change_tables import change_rows, overlap_rows
 from rlvr_lightning.records import load_records
 
@@ -45,13 +47,10 @@ def changes(base: Weights, tuned: Weights) -> Record:
 
 
 def overlap(base: Weights, first: Weights, second: Weights) -> Record:
-    """Of two runs: overlaps of all weights and by kind of matrix."""
+    """Of two runs: overlaps of all weights, of those that are no norms, and of norms."""
     counts = overlap_command.count(match(base, first, second))
-    groups = groupings(counts)
-    return {
-        grouping: {group: summarise([counts[name] for name in names]) for group, names in groups[grouping].items()}
-        for grouping in ("parts", "kinds")
-    }
+    groups = groupings(counts)["parts"]
+    return {"parts": {group: summarise([counts[name] for name in names]) for group, names in groups.items()}}
 
 
 def pairs(records: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
@@ -68,15 +67,26 @@ def pairs(records: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
             yield first, second
 
 
-def kept(path: Path, runs: list[Record], compute: Callable[[], Record]) -> bool:
-    """Whether a record had to be made: it is, unless there is one of these very runs."""
-    started = [run["started"] for run in runs]
-    if path.is_file() and json.loads(path.read_text())["started"] == started:
-        return False
-    who = [{name: run[name] for name in ("label", "point", "seed")} for run in runs]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"runs": who, "started": started} | compute(), indent=1) + "\n")
-    return True
+class Kept:
+    """Records in a file by name, each with the runs that it is of.
+
+    Args:
+        path: JSON, written anew after each new record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.made = path, 0
+        self.records: dict[str, Record] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def add(self, name: str, runs: list[Record], compute: Callable[[], Record]) -> None:
+        """Compute a record, unless there is one of these very runs."""
+        started = [run["started"] for run in runs]
+        if name in self.records and self.records[name]["started"] == started:
+            return
+        who = [{field: run[field] for field in ("label", "point", "seed")} for run in runs]
+        self.records[name] = {"runs": who, "started": started} | compute()
+        self.made += 1
+        write_json(self.path, dict(sorted(self.records.items())))
 
 
 def with_checkpoints(folder: Path) -> dict[str, Record]:
@@ -107,16 +117,17 @@ def main(argv: list[str]) -> int:
     )
     made.add_argument("sweep", type=Path, help="a sweep's folder, such as results/tiny_seeds")
     made.add_argument("--base", required=True, help="what all of its runs started from")
+    made.add_argument("--only_changes", action="store_true", help="compare no pairs of runs")
     options = made.parse_args(argv)
     try:
-        _work(options.sweep, options.base)
+        _work(options.sweep, options.base, options.only_changes)
     except (ValueError, OSError) as error:
         print(f"error: dissect: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _work(folder: Path, base_name: str) -> None:
+def _work(folder: Path, base_name: str, only_changes: bool) -> None:
     from tqdm import tqdm
 
     base = open_weights("--base", base_name)
@@ -125,14 +136,16 @@ def _work(folder: Path, base_name: str) -> None:
     def weights(key: str) -> Weights:
         return open_weights(key, str(folder / "runs" / key), base)
 
-    made = 0
+    found, same = Kept(folder / "changes.json"), Kept(folder / "overlaps.json")
     for key in tqdm(records, desc="changes", disable=None, leave=False):
-        where = folder / "changes" / f"{key}.json"
-        made += kept(where, [records[key]], lambda key=key: changes(base, weights(key)))  # type: ignore[misc]
-    for first, second in tqdm(list(pairs(records)), desc="overlaps", disable=None, leave=False):
-        where, runs = folder / "overlaps" / f"{first}+{second}.json", [records[first], records[second]]
-        made += kept(where, runs, lambda a=first, b=second: overlap(base, weights(a), weights(b)))  # type: ignore[misc]
-    print(f"{len(records)} runs, {len(list(pairs(records)))} pairs; {made} records made in {folder}")
-    for title, make in (("what the runs changed", change_rows), ("which changed the same", overlap_rows)):
-        heading, *rows = make(folder)
-        print_table(f"{title}; mean (lowest to highest)", heading, rows)
+        found.add(key, [records[key]], lambda key=key: changes(base, weights(key)))  # type: ignore[misc]
+    todo = [] if only_changes else list(pairs(records))
+    for a, b in tqdm(todo, desc="overlaps", disable=None, leave=False):
+        runs = [records[a], records[b]]
+        same.add(f"{a}+{b}", runs, lambda a=a, b=b: overlap(base, weights(a), weights(b)))  # type: ignore[misc]
+    print(f"{len(records)} runs, {len(todo)} pairs; {found.made + same.made} records made in {folder}")
+    heading, *rows = change_rows(folder)
+    print_table("what the runs changed; mean (lowest to highest)", heading, rows)
+    if todo:
+        heading, *rows = overlap_rows(folder)
+        print_table("which changed the same; mean (lowest to highest)", heading, rows, left=(0, 1, 2))
