@@ -187,8 +187,8 @@ def module_of(kind: type[Kind], folder: Path, run: Run) -> Kind:
         objective=Objective(kl_coef=0.01 if run.reference != "none" else 0.0),
         batching=Batching(micro_batch=run.micro_batch, rollout_batch=run.rollout_batch),
         lora=LoRA(rank=run.lora_rank) if run.lora_rank else None,
-        dtype=run.dtype,  # type: ignore[arg-type]
-        compute_dtype="auto" if run.autocast else run.compute_dtype,  # type: ignore[arg-type]
+        dtype=run.dtype,
+        compute_dtype="auto" if run.autocast else run.compute_dtype,
         reference=reference,  # type: ignore[arg-type]
         gradient_release=GradientRelease(clip=clip) if run.gradient_release else None,  # type: ignore[arg-type]
         activation_checkpointing=run.activation_checkpointing,

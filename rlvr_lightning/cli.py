@@ -24,7 +24,7 @@ from rlvr_lightning.checkpoint.last import resolve
 from rlvr_lightning.config_errors import Parser, report
 from rlvr_lightning.configuration import config_names, resolve_config_arguments
 from rlvr_lightning.evaluation import Evaluated
-from rlvr_lightning.grpo import GRPO
+from rlvr_lightning.policy_module import PolicyModule
 from rlvr_lightning.profiling.timeline import MemoryTimeline, parse_steps
 from rlvr_lightning.strategy import Sharded
 
@@ -157,7 +157,7 @@ class RLVRCLI(LightningCLI):
         if self._get(self.config, "dry_run"):
             self.describe()
             raise SystemExit(0)
-        if isinstance(self.model, GRPO):
+        if isinstance(self.model, PolicyModule):
             self.model.check(self.trainer, self.datamodule)  # rather than after the measure
         self.started_s = time.monotonic()
         self.at_start: dict[str, float] = {}

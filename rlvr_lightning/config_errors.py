@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from argparse import ArgumentError
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -111,7 +111,28 @@ def plainer(reason: str) -> str:
 def unknown_option(option: str, class_path: str) -> str:
     """Says which class does not know the option, and which options come near or exist."""
     module, _, name = class_path.rpartition(".")
-    known = [p for p in inspect.signature(getattr(importlib.import_module(module), name)).parameters if p != "self"]
+    known = parameters_of(getattr(importlib.import_module(module), name))
     near = difflib.get_close_matches(option.split(".")[0], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
     return f"unknown option {option!r} of {name}; {hint}"
+
+
+def parameters_of(kind: Any) -> list[str]:
+    """Names of what a class or function takes; with `**kwargs` also what its base classes take.
+
+    Example:
+        >>> from rlvr_lightning.policy_module import PolicyModule
+        >>> class Own(PolicyModule):
+        ...     def __init__(self, model: str, mine: int, **kwargs):
+        ...         super().__init__(model, **kwargs)
+        >>> parameters_of(Own)[:4]
+        ['model', 'mine', 'optimizer', 'scheduler']
+    """
+    found: dict[str, None] = {}
+    classes = inspect.getmro(kind) if inspect.isclass(kind) else ()
+    for maker in [vars(k)["__init__"] for k in classes if "__init__" in vars(k)] or [kind]:
+        parameters = inspect.signature(maker).parameters.values()
+        found |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in found if name != "self"]

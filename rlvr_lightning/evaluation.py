@@ -49,8 +49,8 @@ class Evaluated(LightningModule):
     evaluation: Evaluation
     seed: int
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.keeps_problems = False
         """Write what is found of each problem to the run's folder, and go on from what an earlier run found."""
         self.results: Results = {}
@@ -79,6 +79,7 @@ class Evaluated(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to validate on nothing, which a fit may do without, and processes that would all do the same."""
+        super().setup(stage)
         check_strategy(self.trainer)
         if stage == "validate" and not getattr(self.trainer.datamodule, "val", True):  # type: ignore[attr-defined]
             raise ValueError("data.val is missing: name at least one source of prompts to validate on")

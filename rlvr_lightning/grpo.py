@@ -21,52 +21,39 @@ Run it: ``python -m rlvr_lightning fit --config sgd.yaml``
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
-from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.data.curriculum import tell_curriculum
 from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
 from rlvr_lightning.kept_batch import about_batch, save_batch
-from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.losses import Counts, Objective, policy_loss
-from rlvr_lightning.metrics import summed
-from rlvr_lightning.optim.release import GradientRelease
-from rlvr_lightning.optim.updates import Updates
-from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
-from rlvr_lightning.reference import Reference
+from rlvr_lightning.policy_module import PolicyModule
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
-from rlvr_lightning.rollout import HFEngine, stop_token_ids
+from rlvr_lightning.rollout import stop_token_ids
 from rlvr_lightning.rollout.ahead import Ahead, FollowedByVLLM
 from rlvr_lightning.rollout.choose import Engine, Rollout, corrected, longest, settings_of, vllm_engine
-from rlvr_lightning.rollout.vllm.engine import VLLMEngine
-from rlvr_lightning.schema import Rollouts, Sampling, one_token
+from rlvr_lightning.schema import LossOutput, Rollouts, Sampling
 from rlvr_lightning.scoring import Scorer, describe
 from rlvr_lightning.seeds import derive_seed
-from rlvr_lightning.strategy import Layout, build_policy
 from rlvr_lightning.telling import log_scores, log_updates, warn_without_signal
-from rlvr_lightning.trainer_checks import check_batches, check_optimizer, check_reference, check_trainer, sharing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from rlvr_lightning.trainer_checks import check_batches, check_reference, sharing
 
 Record = dict[str, Any]
 
 
-class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
+class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
     """Train a causal LM on verifiable rewards.
 
     Args:
@@ -74,8 +61,6 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         rewards: parts of the reward by name; the first is the verifier that `validate` counts.
         optimizer: any torch optimizer; called with the trainable parameters.
         reward_weights: weight of each part; 1 where not given.
-        scheduler: learning-rate schedule, stepped after each optimizer step; None keeps the rate.
-        warmup_steps: optimizer steps over which the rate rises linearly to its value.
         group_size: completions per prompt, G.
         advantage: how a reward is compared with its group (see `group_advantages`).
         objective: the loss.
@@ -84,23 +69,16 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         batching: sizes.
         rollout: who draws completions: `hf`, the embedded engine; `vllm`, or settings of it.
         handling: truncated completions, groups without signal, failing rewards.
-        max_grad_norm: clip the gradient's global norm to this; 0 turns it off (unclipped SGD can destroy a model).
         evaluation: what validation measures of each problem.
-        lora: train adapters of this shape instead of the weights.
-        dtype: of the stored weights.
-        compute_dtype: of activations and arithmetic; `auto` is that of the weights, but float32 for 16-bit weights on a
-            CPU, which is several times faster there. Layers cast their weights as they run, never the whole model.
         reference: how the KL term's reference is kept: as the entries that changed since the start, or as a copy; both
             give the same numbers. Without a KL term (`objective.kl_coef`) there is none.
-        gradient_release: update weights during the backward pass, so that gradients never exist all at once.
-        activation_checkpointing: recompute layers in the backward pass: less memory, about a third more time.
-        seed: of sampling; use the run's seed.
+        kwargs: of every algorithm; see `PolicyModule`.
 
     Raises:
         ValueError: settings that cannot work together, before any weights are loaded.
     """
 
-    counts = ("rollout_step", "nonfinite_in_row")  # the first seeds sampling, so a resumed run goes on with it
+    counts = ("rollout_step", *PolicyModule.counts)  # the first seeds sampling, so a resumed run goes on with it
 
     def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
         self,
@@ -108,8 +86,6 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         rewards: dict[str, Reward],
         optimizer: OptimizerCallable,
         reward_weights: dict[str, float] | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        warmup_steps: int = 0,
         group_size: int = 8,
         advantage: Baseline = "mean_std",
         objective: Objective = Objective(),  # noqa: B008 (frozen)
@@ -118,99 +94,42 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         batching: Batching = Batching(),  # noqa: B008
         rollout: Rollout = "hf",
         handling: Handling = Handling(),  # noqa: B008
-        max_grad_norm: float = 1.0,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
-        lora: LoRA | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-        compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         reference: Literal["delta", "copy", "none"] = "delta",
-        gradient_release: GradientRelease | None = None,
-        activation_checkpointing: bool = False,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
         check_settings(group_size, batching, sampling, rewards, reward_weights)
         check_reference(reference, objective.kl_coef)
-        follows = reference == "delta" and objective.kl_coef > 0 and not lora and dtype == "bfloat16"
-        check_optimizer(optimizer, gradient_release, follows)
+        kept = reference if objective.kl_coef > 0 else "none"
+        super().__init__(model=model, optimizer=optimizer, reference=kept, **kwargs)
         self.vllm = settings_of(rollout, handling.resample_rounds)
-        self.model_name = resolve_model(model)
-        self.tokenizer = load_tokenizer(self.model_name)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
-        self.make_optimizer, self.make_scheduler, self.warmup_steps = optimizer, scheduler, warmup_steps
         self.group_size, self.advantage, self.objective = group_size, advantage, corrected(objective, self.vllm)
         self.sampling, self.batching, self.handling = sampling, batching, handling
-        self.max_grad_norm, self.evaluation = max_grad_norm, evaluation
-        self.lora, self.weights_dtype, self.compute_dtype = lora, getattr(torch, dtype), compute_dtype
-        self.keep_reference, self.gradient_release = reference, gradient_release
-        self.activation_checkpointing, self.seed = activation_checkpointing, seed
-        self.policy: Policy = cast(Policy, None)  # built, like the next two, by configure_model
-        self.reference: Reference | None = None
-        self.engine: Engine = cast(Engine, None)
-        self.updates: Updates = cast(Updates, None)  # made with the optimizer
+        self.evaluation = evaluation
+        self.engine: Engine = cast(Engine, None)  # built by configure_model
         self.ahead: Ahead | None = None
         self.rollout_step = 0  # batches of rollouts so far; `global_step` counts optimizer steps
-        self.nonfinite_in_row = 0  # optimizer steps
-        self.layout = Layout()
-        self.phase_listeners: list[Callable[[str], None]] = []
         self.last_samples: list[Record] = []
-
-    # ---- building ----
 
     def configure_model(self) -> None:
         """Load the policy, the reference if a KL term needs one, and the engine around the policy's own weights."""
         if self.policy is not None:
             return
-        how = (self._trainer, self.compute_dtype, self.activation_checkpointing)
-        self.policy, self.layout = build_policy(self._new_policy, *how)
-        if self.objective.kl_coef > 0:
-            self.reference = Reference(self.policy, "copy" if self.keep_reference == "copy" else "delta")
-        self.remember_start(self.reference)
-        stops, pad = stop_token_ids(self.tokenizer, self.scorer.stop), self.tokenizer.pad_token_id
+        super().configure_model()
         if self.vllm is None:
-            size, runner = self.batching.rollout_batch, self.layout.runner(self.policy)
-            self.engine = HFEngine(self.policy.model, stops, pad, max_batch=size, runner=runner)
+            self.engine = self.embedded_engine(self.scorer.stop, self.batching.rollout_batch)
             return
+        stops, pad = stop_token_ids(self.tokenizer, self.scorer.stop), self.tokenizer.pad_token_id
         prompt_tokens = getattr(getattr(self._trainer, "datamodule", None), "longest_prompt", 0)
         room = longest(self.policy, prompt_tokens, self.sampling.max_tokens)
         arithmetic = (self.compute_dtype, self._trainer)
         self.engine = vllm_engine(self.policy, self.layout, self.vllm, self.model_name, (stops, pad), room, *arithmetic)
         self.ahead = Ahead(self.engine) if self.vllm.max_staleness else None
 
-    def _new_policy(self, empty: bool) -> Policy:
-        model = self.load_model(empty)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # adapters are drawn alike, however many numbers were drawn before
-            return Policy(self.lora.adapt(model) if self.lora else model)
-
-    def load_model(self, empty: bool = False) -> PreTrainedModel:
-        """The causal LM to train, or only its shapes (see `policy.load_model`); a subclass may make one of its own."""
-        return load_model(self.model_name, self.weights_dtype, empty=empty)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over trainable parameters, with its schedule."""
-        optimizer = self.make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if self.updates is not None:  # of an earlier fit
-            self.updates.close()
-        shards = self.layout.shards
-        self.updates = Updates(optimizer, self.manual_backward, self.max_grad_norm, self.gradient_release, shards)
-        if self.reference is not None:
-            self.reference.listen(optimizer)
-        if isinstance(self.engine, VLLMEngine):
-            self.engine.follow(optimizer)
-        scheduler = with_warmup(optimizer, self.make_scheduler, self.warmup_steps)
-        return [optimizer], [] if scheduler is None else [scheduler]
-
-    def setup(self, stage: str) -> None:
-        """Check what the trainer and the data module bring."""
-        super().setup(stage)
-        if stage == "fit":
-            self.check(self.trainer, getattr(self.trainer, "datamodule", None))
-
     def check(self, trainer: Trainer, data: Any) -> None:
         """Raise ValueError for a trainer or a data module that a fit cannot work with, before anything is loaded."""
-        check_trainer(trainer, self.weights_dtype)
+        super().check(trainer, data)
         if prompts := getattr(data, "prompts_per_step", None):
             check_batches(prompts, self.group_size, self.batching, self.gradient_release, sharing(trainer))
 
@@ -313,10 +232,9 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
             shuffle = derive_seed(self.seed, self.rollout_step, "minibatches", pass_)
             for minibatch in experience.minibatches(self.batching.minibatches, shuffle, self.ranks):
                 made.append(self.update(minibatch))
-                self.nonfinite_in_row = self.nonfinite_in_row + 1 if "nonfinite" in made[-1] else 0
                 if self.nonfinite_in_row == self.handling.max_nonfinite_steps > 0:
                     raise ValueError(self._keep_batch(experience))
-        log_updates(self, made, cast(LightningOptimizer, self.optimizers()).param_groups[0]["lr"])
+        log_updates(self, made)
 
     def _keep_batch(self, experience: Experience) -> str:
         """Write the batch down for `replay`; returns why the run stops."""
@@ -335,23 +253,13 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
         needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
         live = has_signal(minibatch.advantages, self.group_size) | needs_all
         live &= minibatch.mask.any(1).view(-1, self.group_size).any(1)
-        metrics = {"tokens": 0.0, "skipped": float((~live).sum()), "steps": 1.0}
         chosen = minibatch.select(live.nonzero()[:, 0].tolist()) if live.any() else None
         micros = list(chosen.micro_batches(self.batching.micro_batch)) if chosen else []
-        parts = self.ranks.most(len(micros))
-        self.updates.begin(parts)
-        metrics = summed([metrics, *(self._forward_backward(micro, counts) for micro in micros)])
-        for _ in range(parts - len(micros)):
-            self._idle_pass()
-        self._phase("optimizer")
-        finite = not self.ranks.any(not math.isfinite(metrics.get("loss", 0.0)))
-        metrics |= self.updates.finish(cast(LightningOptimizer, self.optimizers()).step, finite)
-        if (scheduler := self.lr_schedulers()) is not None:
-            scheduler.step()  # type: ignore[union-attr]
-        return metrics
+        sums = self.take_step(micros, lambda micro: self.loss_of(micro, counts))
+        return {"tokens": 0.0, "skipped": float((~live).sum())} | sums
 
-    def _forward_backward(self, micro: Experience, counts: Counts) -> dict[str, float]:
-        self._phase("forward")
+    def loss_of(self, micro: Experience, counts: Counts) -> LossOutput:
+        """Of some completions, with the numbers of tokens and completions of the whole optimizer step."""
         now = self.policy(micro.rollouts, self.sampling.temperature)
         out = policy_loss(
             now.logprobs,
@@ -364,23 +272,8 @@ class GRPO(FollowedByVLLM, Evaluated, DeltaCheckpoints):
             ref_logprobs=micro.ref_logprobs,
             old_logprobs=micro.old_logprobs,
         )
-        self._phase("backward")
-        self.updates.backward(out.loss * self.ranks.size)  # ranks are averaged, the weights are global
-        metrics = {name: float(value) for name, value in out.metrics.items()}
-        metrics |= {f"{name}_max": float(value) for name, value in out.maxima.items()}
-        return metrics | {"tokens": float(micro.mask.sum()), "loss": float(out.loss.detach())}
-
-    def _idle_pass(self) -> None:
-        """A forward and a backward pass for nothing but the ranks that have more: layers are gathered by all."""
-        out = self.policy(one_token(cast(int, self.tokenizer.pad_token_id), self.ranks.device))
-        self.updates.backward(0.0 * out.logprobs.sum())
+        return replace(out, metrics=out.metrics | {"tokens": micro.mask.sum()})
 
     def _global_counts(self, mask: Tensor) -> Counts:
         tokens, completions = self.ranks.sum(torch.stack([mask.sum(), mask.any(1).sum()])).tolist()
         return Counts(tokens=tokens, completions=completions, max_tokens=self.sampling.max_tokens)
-
-    # ---- telling ----
-
-    def _phase(self, name: str) -> None:
-        for listener in self.phase_listeners:
-            listener(name)

@@ -15,37 +15,45 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlvr_lightning.checkpoint import DeltaCheckpoints
 from rlvr_lightning.checkpoint.start import first_names
 from rlvr_lightning.delta.tensor import whole
-from rlvr_lightning.policy import Policy, load_model, load_tokenizer, resolve_model
-from rlvr_lightning.schema import Rollouts, one_token
-from rlvr_lightning.strategy import Layout, build_policy
-from rlvr_lightning.trainer_checks import check_strategy
+from rlvr_lightning.policy import load_model, resolve_model
+from rlvr_lightning.policy_module import PolicyModule
+from rlvr_lightning.schema import LossOutput, Rollouts, one_token
+from rlvr_lightning.telling import of_steps
+from rlvr_lightning.trainer_checks import sharing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Record = Mapping[str, Any]
+Pair = tuple[list[int], list[int]]
+"""Tokens of a prompt and of a completion."""
 
 ROWS = 16  # demonstrations in a forward pass: of similar length, so that little of it is padding
 
 
-class SFT(DeltaCheckpoints):
+class SFT(PolicyModule):
     """Fits a causal LM to demonstrations: records with a `demonstration` (str) beside the prompt.
 
     Logs `sft/nll` (nats per token of the training batch) and `val/<benchmark>/nll` (likewise, over the benchmark).
 
     Args:
         model: "tiny", "smollm2", a folder or a hub name.
-        optimizer: made from the parameters, e.g. torch.optim.AdamW with its arguments.
+        optimizer: any torch optimizer; called with the trainable parameters.
         scheduler: of the learning rate, stepped after every optimizer step; constant when null.
-        from_scratch: start from random weights, drawn from the run's seed, instead of the model's own.
+        from_scratch: start from random weights, drawn with the seed, instead of the model's own.
         export_to: folder that receives the model and its tokenizer at the end of the fit; not written when null.
         export_dtype: of the exported weights.
+        micro_batch: demonstrations in one backward pass; all of a step when null. Costs memory, changes no gradient.
+        kwargs: of every algorithm; see `PolicyModule`.
 
     Raises:
         ValueError: the model cannot be found, or `export_to` is its own folder.
@@ -59,56 +67,48 @@ class SFT(DeltaCheckpoints):
         from_scratch: bool = False,
         export_to: str | None = None,
         export_dtype: Literal["float32", "bfloat16"] = "bfloat16",
+        micro_batch: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
         source = resolve_model(model)
         if export_to is not None and Path(export_to).resolve() == Path(source).resolve():
             raise ValueError(f"model.export_to must differ from the folder the model is read from, {source}")
-        self.model_name = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.from_scratch = from_scratch
-        self.export_to = export_to
-        self.export_dtype = export_dtype
-        self.tokenizer = load_tokenizer(model)
-        self.policy: Policy | None = None
-        self.layout = Layout()
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"model.micro_batch must be at least 1, got {micro_batch}")
+        super().__init__(model=model, optimizer=optimizer, scheduler=scheduler, reference="none", **kwargs)
+        self.from_scratch, self.micro_batch = from_scratch, micro_batch
+        self.export_to, self.export_dtype = export_to, export_dtype
         self._val_sums: dict[str, Tensor] = {}
 
-    def configure_model(self) -> None:
-        """Load or draw the weights, once."""
-        if self.policy is not None:
-            return
+    def load_model(self, empty: bool = False) -> PreTrainedModel:
+        """The model's own weights, or random ones."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())  # the run's seed, however many numbers were drawn since
-            self.policy, self.layout = build_policy(self._new_policy, self._trainer)
-        self.remember_start()
+            torch.manual_seed(self.seed)
+            return load_model(self.model_name, self.weights_dtype, from_scratch=self.from_scratch, empty=empty)
 
-    def _new_policy(self, empty: bool) -> Policy:
-        return Policy(load_model(self.model_name, from_scratch=self.from_scratch, empty=empty))
+    def check(self, trainer: Trainer, data: Any) -> None:
+        """Also that a released step is one micro-batch."""
+        super().check(trainer, data)
+        if self.gradient_release and self.micro_batch and (prompts := getattr(data, "prompts_per_step", None)):
+            mine = -(-prompts // sharing(trainer))
+            self.gradient_release.check(mine, self.micro_batch, "model.micro_batch")
 
-    def setup(self, stage: str) -> None:
-        """Check the trainer."""
-        check_strategy(self.trainer)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer and, if there is one, its schedule by step."""
-        optimizer = self.optimizer(self.parameters())
-        if self.scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
-
-    def training_step(self, batch: list[Record], batch_idx: int) -> Tensor:
-        """The mean loss over the global batch, scaled so that averaging gradients over ranks is right."""
-        total, tokens = self._nll(batch)
-        loss = total / tokens
-        self.log("sft/nll", self.layout.data.sum(loss.detach()), prog_bar=True)
-        return loss * self.layout.data.size  # ranks are averaged
+    def training_step(self, batch: list[Record], batch_idx: int) -> None:
+        """One optimizer step on the mean loss over the global batch."""
+        mine, tokens = self._share(batch)
+        size = self.micro_batch or max(1, len(mine))
+        ends = range(0, self.layout.data.most(len(mine)), size) if self.micro_batch else [0]
+        parts = [mine[at : at + size] for at in ends]  # on each rank as many, the last may be empty
+        sums = self.take_step(parts, lambda part: LossOutput(loss=self._nll(part) / tokens))
+        loss = torch.tensor(sums.pop("loss", 0.0), device=self.device)
+        self.log("sft/nll", self.layout.data.sum(loss), prog_bar=True)
+        self.log_dict(of_steps(self, sums))
 
     def validation_step(self, batch: list[Record], batch_idx: int) -> None:
         """Add the batch to the sums of its benchmarks."""
         for name in dict.fromkeys(record["benchmark"] for record in batch):
-            total, tokens = self._nll([record for record in batch if record["benchmark"] == name])
+            mine, tokens = self._share([record for record in batch if record["benchmark"] == name])
+            total = self._nll(mine)
             everywhere = self.layout.data.sum(total.detach())
             self._val_sums[name] += torch.stack([everywhere, torch.full_like(everywhere, tokens)])
 
@@ -121,23 +121,25 @@ class SFT(DeltaCheckpoints):
         for name, (total, tokens) in self._val_sums.items():
             self.log(f"val/{name}/nll", total / tokens, prog_bar=True)
 
-    def _nll(self, batch: list[Record]) -> tuple[Tensor, int]:
-        """Negative log-likelihood of this rank's demonstrations, float32 scalar; tokens of all ranks' ones."""
-        assert self.policy is not None
-        ranks, device = self.layout.data, self.trainer.strategy.root_device
+    def _share(self, batch: list[Record]) -> tuple[list[Pair], int]:
+        """This rank's demonstrations, by length; tokens of all ranks' ones."""
+        ranks = self.layout.data
         pairs = [(record["prompt_ids"], demonstration_ids(record, self.tokenizer)) for record in batch]
         mine = sorted(pairs[ranks.rank :: ranks.size], key=lambda pair: len(pair[0]) + len(pair[1]))
+        return mine, sum(len(completion) for _, completion in pairs)
+
+    def _nll(self, mine: list[Pair]) -> Tensor:
+        """Negative log-likelihood of some of this rank's demonstrations, float32 scalar; called by all ranks."""
         rows = [mine[at : at + ROWS] for at in range(0, len(mine), ROWS)]
-        idle = ranks.most(len(rows)) - len(rows)
-        logprobs = [self.policy(as_rollouts(row, device)).logprobs.sum() for row in rows]
+        idle = self.layout.data.most(len(rows)) - len(rows)
+        logprobs = [self.policy(as_rollouts(row, self.device)).logprobs.sum() for row in rows]
         for _ in range(idle):  # for the ranks that have more: layers are gathered by all
-            logprobs.append(0.0 * self.policy(one_token(0, device)).logprobs.sum())
-        return -torch.stack(logprobs).sum(), sum(len(completion) for _, completion in pairs)
+            logprobs.append(0.0 * self.policy(one_token(0, self.device)).logprobs.sum())
+        return -torch.stack(logprobs).sum()
 
     def on_fit_end(self) -> None:
         """Export."""
         if self.export_to is not None:
-            assert self.policy is not None
             folder, dtype = Path(self.export_to), getattr(torch, self.export_dtype)
             export(self.policy.model, self.tokenizer, folder, dtype, writes=self.trainer.is_global_zero)
 

@@ -25,33 +25,40 @@ def log_scores(module: Any, rollouts: Rollouts, scores: Scores) -> None:
     module.log_dict(metrics | getattr(module.engine, "metrics", {}))
 
 
-def log_updates(module: Any, made: Sequence[Mapping[str, float]], learning_rate: float) -> None:
+def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
+    """What optimizer steps did, by any algorithm: `train/nonfinite_steps`, `update/...`, `memory/reference_bytes`.
+
+    Args:
+        module: a PolicyModule.
+        sums: what its `take_step` returned, or the sum of several; norms and changes are of all ranks already.
+    """
+    values = {
+        "train/nonfinite_steps": sums.get("nonfinite", 0.0),
+        "update/grad_norm": sums.get("grad_norm", 0.0) / sums["steps"],
+        "update/lr": module.optimizers().param_groups[0]["lr"],
+    }
+    values |= {"update/changed_entries": sums["changed"]} if "changed" in sums else {}
+    if module.reference is not None:
+        held = torch.tensor(module.reference.held_bytes(module.layout.shards), dtype=torch.float64)
+        values["memory/reference_bytes"] = float(module.layout.shards.sum(held))
+    return values
+
+
+def log_updates(module: Any, made: Sequence[Mapping[str, float]]) -> None:
     """Of all optimizer steps of a batch, and of the first before any weight had moved; called by all ranks together.
 
     Args:
         module: a GRPO.
         made: sums over this rank's tokens, of each optimizer step.
-        learning_rate: now.
     """
     means, fresh = TokenMeans(**over(module.ranks)), TokenMeans(**over(module.ranks))
     for sums in made:
         means.update(sums)
     fresh.update(made[0])
-    mine = summed(made)  # its norms and counts of changes are global already
+    mine = summed(made)
     own = torch.tensor([mine.get("loss", 0.0), mine["skipped"]], dtype=torch.float64)
     loss, skipped = module.ranks.sum(own).tolist()
-    steps = mine["steps"]
-    values = {
-        "train/loss": loss / steps,
-        "train/skipped_groups": skipped,
-        "train/nonfinite_steps": mine.get("nonfinite", 0.0),
-        "update/grad_norm": mine.get("grad_norm", 0.0) / steps,
-        "update/lr": learning_rate,
-    }
-    values |= {"update/changed_entries": mine["changed"]} if "changed" in mine else {}
-    if module.reference is not None:
-        held = torch.tensor(module.reference.held_bytes(module.layout.shards), dtype=torch.float64)
-        values["memory/reference_bytes"] = float(module.layout.shards.sum(held))
+    values = {"train/loss": loss / mine["steps"], "train/skipped_groups": skipped} | of_steps(module, mine)
     values |= means.compute()
     if "policy/kl" in values:
         module.log("policy/kl", values.pop("policy/kl"), prog_bar=True)

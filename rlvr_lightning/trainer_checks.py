@@ -37,6 +37,14 @@ def check_trainer(trainer: Trainer, stored: torch.dtype) -> None:
         raise ValueError(f"trainer.precision: {precision} is not supported; leave it out and set model.dtype")
 
 
+def check_steps(trainer: Trainer) -> None:
+    """Raise ValueError for settings of Lightning's own optimizer steps, which ours are not."""
+    if trainer.gradient_clip_val:
+        raise ValueError("trainer.gradient_clip_val: leave it out and set model.max_grad_norm")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError("trainer.accumulate_grad_batches: leave it out; a batch is a step, cut up by micro_batch")
+
+
 def check_strategy(trainer: Trainer) -> None:
     """Raise ValueError for several processes under another strategy than ours."""
     if trainer.world_size > 1 and not isinstance(trainer.strategy, Sharded):

@@ -95,8 +95,8 @@ def test_steps_that_are_not_in_a_row_do_not_stop_a_run(folder, tmp_path):  # noq
 
 def test_a_loss_that_is_not_finite_changes_no_weight_though_its_gradient_is(folder, tmp_path):  # noqa: F811
     class Infinite(GRPO):
-        def _forward_backward(self, micro, counts):
-            return super()._forward_backward(micro, counts) | {"loss": math.inf}
+        def _forward_backward(self, loss_of, part):
+            return super()._forward_backward(loss_of, part) | {"loss": math.inf}
 
     model = module(folder)
     model.__class__ = Infinite

@@ -20,7 +20,7 @@ from rlvr_lightning.data.prompts import PromptData, PromptSource
 from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.experience import Batching, Handling
 from rlvr_lightning.grpo import GRPO
-from rlvr_lightning.losses import Counts, Objective
+from rlvr_lightning.losses import Objective
 from rlvr_lightning.policy import TINY, LoRA, load_tokenizer
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sample, Sampling
@@ -323,8 +323,8 @@ def test_failing_rewards_stop_the_run_past_a_share(folder: str, tmp_path: Path) 
 
 def test_a_gradient_that_is_not_finite_is_not_applied(folder: str, tmp_path: Path) -> None:
     class Poisoned(GRPO):
-        def _forward_backward(self, micro, counts: Counts):
-            metrics = super()._forward_backward(micro, counts)
+        def _forward_backward(self, loss_of, part):
+            metrics = super()._forward_backward(loss_of, part)
             next(self.policy.parameters()).grad[0, 0] = math.nan
             return metrics
 

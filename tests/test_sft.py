@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from rlvr_lightning.data.arithmetic import Arithmetic, ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData
+from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY, load_model, load_tokenizer
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.rollout import HFEngine
 from rlvr_lightning.schema import Sample, Sampling
 from rlvr_lightning.sft import SFT, as_rollouts, demonstration_ids, weights_digest
 
+ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
@@ -39,10 +41,10 @@ def blank(tmp_path_factory):
     return str(folder)
 
 
-def fit(model, steps=5, seed=7, scheduler=None, drawn_before=0, **kwargs):
+def fit(model, steps=5, seed=7, scheduler=None, drawn_before=0, optimizer=ADAMW, **kwargs):
     seed_everything(seed, verbose=False)
     torch.rand(drawn_before)
-    module = SFT(model, partial(torch.optim.AdamW, lr=1e-2), scheduler, from_scratch=True, **kwargs)
+    module = SFT(model, optimizer, scheduler, from_scratch=True, seed=seed, **kwargs)
     demos = ArithmeticDemos(num=30, seed=1, levels=[1, 2])
     data = PromptData(model, train=demos, val={"demos": ArithmeticDemos(num=5, seed=2, levels=[2])}, prompts_per_step=6)
     trainer = Trainer(max_steps=steps, num_sanity_val_steps=0, **QUIET)
@@ -62,7 +64,7 @@ def naive_nll(model, tokenizer, record):
     return losses
 
 
-def test_losses_equal_the_naive_ones(blank, monkeypatch):
+def test_losses_equal_the_naive_ones(blank):
     """Both are means over tokens, not over demonstrations."""
     module, trainer = fit(blank, steps=5)  # 5 batches of 6 are one epoch: ends with a validation
     val = ArithmeticDemos(num=5, seed=2, levels=[2])
@@ -71,8 +73,27 @@ def test_losses_equal_the_naive_ones(blank, monkeypatch):
     assert len(set(map(len, losses))) > 1
     assert float(trainer.callback_metrics["val/demos/nll"]) == pytest.approx(expected, rel=1e-5)
     batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in val]
-    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
-    assert float(module.training_step(batch, 0)) == pytest.approx(expected, rel=1e-5)
+    pairs, tokens = module._share(batch)
+    assert float(module._nll(pairs)) / tokens == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_micro_batches_change_no_gradient(blank, micro_batch):
+    whole, parts = (fit(blank, steps=3, micro_batch=size)[0] for size in (None, micro_batch))
+    for a, b in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_released_step_has_one_micro_batch(blank):
+    ours = {"dtype": "bfloat16", "gradient_release": GradientRelease()}
+    with pytest.raises(ValueError, match=r"model\.micro_batch is 4 and a step has 6"):
+        fit(blank, optimizer=partial(SGD, lr=0.1), micro_batch=4, **ours)
+
+
+@pytest.mark.parametrize("setting", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
+def test_lightnings_own_steps_are_refused(blank, setting):
+    with pytest.raises(ValueError, match=rf"trainer\.{next(iter(setting))}: leave it out"):
+        SFT(blank, ADAMW, from_scratch=True).check(Trainer(max_steps=1, **QUIET, **setting), None)
 
 
 def test_loss_falls(blank):

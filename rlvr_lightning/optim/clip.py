@@ -25,13 +25,13 @@ def squared_norm(grad: Tensor, shards: Ranks) -> Tensor:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply gradients with; `max_norm` 0 never clips (as `torch.nn.utils.clip_grad_norm_` otherwise).
+    """What to multiply gradients with; `max_norm` 0 never clips (else as `torch.nn.utils.clip_grad_norm_`, in fp32).
 
     Example:
         >>> clip_factor(0.5, 1.0), round(clip_factor(4.0, 1.0), 4), clip_factor(4.0, 0.0)
         (1.0, 0.25, 1.0)
     """
-    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+    return min(1.0, float(max_norm / (torch.tensor(norm) + 1e-6))) if max_norm else 1.0
 
 
 def grad_norm(parameters: Iterable[Tensor], shards: Ranks) -> float:
@@ -46,7 +46,11 @@ def grad_norm(parameters: Iterable[Tensor], shards: Ranks) -> float:
 
 def norm_of(squares: list[Tensor], shards: Ranks) -> float:
     """The norm that `squared_norm`s make together, over all ranks."""
-    return float(shards.sum(torch.stack(squares).sum()).sqrt()) if squares else 0.0
+    if not squares:
+        return 0.0
+    if shards.size == 1:  # the bits of torch's: a float32's square has it for its root
+        return float(torch.linalg.vector_norm(torch.stack(squares).sqrt()))
+    return float(shards.sum(torch.stack(squares).sum()).sqrt())
 
 
 def scale_gradients(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], factor: float) -> None:

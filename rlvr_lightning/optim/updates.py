@@ -51,7 +51,7 @@ class Updates:
             if parts > 1 and self.released.release.accumulation == "whole":
                 raise ValueError(
                     f"gradient_release.accumulation: whole needs one micro-batch per optimizer step, got {parts}; "
-                    "raise batching.micro_batch or set gradient_release.accumulation: each"
+                    "raise micro_batch or set gradient_release.accumulation: each"
                 )
             self.released.parts = parts
             give_back()

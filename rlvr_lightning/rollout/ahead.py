@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 
@@ -86,6 +86,14 @@ class FollowedByVLLM(LightningModule):
 
     engine: Any
     ahead: Ahead | None = None
+
+    def configure_optimizers(self) -> Any:
+        """VLLM hears of what the optimizer changes."""
+        made = super().configure_optimizers()
+        if isinstance(self.engine, VLLMEngine):
+            optimizers, _ = cast(Any, made)
+            self.engine.follow(optimizers[0])
+        return made
 
     def on_fit_start(self) -> None:
         """Start vLLM: what it lacks is known now rather than later."""
