@@ -80,7 +80,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     run: Callable[[list[str]], int | None] = importlib.import_module(COMMANDS[command][0]).main
     passed_on = argv if COMMANDS[command][0] == "rlvr_lightning.cli" else argv[1:]
-    return run(passed_on) or 0
+    try:
+        return run(passed_on) or 0
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 if __name__ == "__main__":

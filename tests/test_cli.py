@@ -153,6 +153,12 @@ def test_unknown_command(tmp_path: Path) -> None:
     assert "unknown command 'fitt'; one of fit, validate" in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m rlvr_lightning sweep --config guards_tiny.yaml --dry_run --redo | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
 def test_working_directory_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_config("sgd.yaml") == PACKAGED / "sgd.yaml"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -36,8 +35,8 @@ def run(name: str, work: Callable[[argparse.Namespace], None], options: argparse
     try:
         check_writable(options)
         work(options)
-    except BrokenPipeError:  # whoever reads the tables has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {name}: {error}", file=sys.stderr)
         return 2
