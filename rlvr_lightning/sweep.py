@@ -169,7 +169,7 @@ def execute(run: Run, sweep: Sweep) -> dict[str, Any] | None:
     """Run one point as a process; its record, or None if it was interrupted."""
     folder = sweep.folder / "runs" / run.key
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl"):
+    for old in ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl", "why_sparse.jsonl"):
         (folder / old).unlink(missing_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(sweep.threads), "PYTHONUNBUFFERED": "1"}
     log = folder / "log.txt"

@@ -21,9 +21,9 @@ from test_cli import rlvr
 
 from rlvr_lightning.report.command import main, write
 from rlvr_lightning.report.document import document, samples
-from rlvr_lightning.report.figures import charts
 from rlvr_lightning.report.finding import find_runs
 from rlvr_lightning.report.memory import memory_table, predicted
+from rlvr_lightning.report.page import charts
 from rlvr_lightning.report.reading import FILES, Run, read_run
 from rlvr_lightning.report.settings import differences
 
@@ -258,6 +258,56 @@ def test_of_many_measurements_a_heat_map_shows_some_without_gaps() -> None:
     assert len(heat.x) == 101
     assert heat.xgap == heat.ygap == 0
     assert chart.caption.endswith("one of 3 measurements shown.")
+
+
+def why_line(step: int, absorbed: float | None, since: int = 0) -> dict[str, object]:
+    part = {
+        "update": {
+            "entries": 7,
+            "absorbed_frac": absorbed,
+            "octaves": {"-3": 3, "-1": 1},
+            "over_half_unit": {"0.5": 0.15},
+        },
+        "momentum_cosine": -0.5,
+        "sqrt_v": {"std": 2e-4},
+        "sqrt_v_own": None,
+        "grad_norm": 0.25,
+    }
+    layers = {"10": {"grad_norm": 0.1}, "none": {"grad_norm": 0.0}, "2": {"grad_norm": 0.01}}
+    about = {"step": step, "since_step": since, "optimizer": 0, "sample_bytes": 168, "skipped": 2}
+    return about | {"all": part, "kinds": {"mlp up_proj": part}, "layers": layers}
+
+
+def test_why_sparse_by_hand(tmp_path: Path) -> None:
+    lines = [why_line(1, None), why_line(3, 0.75), why_line(2, 0.5)]
+    broken = [json.dumps(why_line(9, 0.1) | {"kinds": {"mlp": 5}}), "{", json.dumps({"step": 4})]
+    (tmp_path / "why_sparse.jsonl").write_text("\n".join([json.dumps(line) for line in lines] + broken) + "\n")
+    (tmp_path / "metrics.csv").write_text("step,reward/mean\n0,1\n")
+    run = read_run("x", tmp_path)
+    assert [line["step"] for line in run.why] == [1, 2, 3]
+    assert "why_sparse.jsonl: 3 damaged lines left out" in run.missing
+    (section,) = [section for section in document([run]) if section.title == "Why sparse"]
+    (table,) = section.tables
+    assert table.rows[1] == ["x", 3, "mlp up_proj", 7, "75 %", "0.15", "-0.5", "0.0002", None, "0.25"]
+    assert table.notes == [
+        "x: 168 bytes kept beside the run for the sample",
+        "x: 2 steps without a finite gradient left out",
+    ]
+    curves, sizes, norms = (chart.figure for chart in charts("Why sparse", [run]))
+    assert (list(curves.data[0].x), list(curves.data[0].y)) == ([2, 3], [0.5, 0.75])
+    assert dict(zip(sizes.data[0].x, sizes.data[0].y, strict=True)) == {
+        -3.5: 0,
+        -2.5: 0.75,
+        -1.5: 0,
+        -0.5: 0.25,
+        0.5: 0,
+    }
+    assert list(norms.data[0].y) == ["layer 2", "layer 10", "outside layers"]
+    assert [list(row) for row in norms.data[0].z] == [[-2.0] * 3, [-1.0] * 3, [None] * 3]
+
+
+def test_a_run_without_the_callback_has_no_such_section(root: Path) -> None:
+    assert "Why sparse" not in [section.title for section in document(find_runs([root / "sgd"]))]
 
 
 def test_markdown_says_what_the_page_says(root: Path, tmp_path: Path) -> None:

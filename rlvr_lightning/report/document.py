@@ -14,6 +14,7 @@ from rlvr_lightning.report.memory import memory_table, peak_bytes, phase_table
 from rlvr_lightning.report.reading import Run, fraction, merged, notes
 from rlvr_lightning.report.settings import differences
 from rlvr_lightning.report.text import harmless
+from rlvr_lightning.report.why_table import WHY, why_table
 from rlvr_lightning.tables import gib, number
 
 SHOWN = 4
@@ -50,6 +51,7 @@ def document(runs: Sequence[Run]) -> list[Section]:
         Section("Training", "Every curve is over batches of rollouts; 0 is before the first step.", [training(runs)]),
         Section("Memory", tables=[t for t in (memory_table(runs), phase_table(runs)) if t]),
         Section("Update sparsity", DEFINITIONS, sparsity_tables(runs)),
+        *([Section("Why sparse", WHY, [why_table(runs)])] if any(run.why for run in runs) else []),
         Section("Completions", _kept(runs), samples={run.name: samples(run) for run in runs if run.completions}),
         settings(runs),
         Section("Where the numbers come from", tables=origins(runs)),
@@ -115,11 +117,14 @@ def training(runs: Sequence[Run]) -> Table:
     absent = [name for name in WANTED if name not in charted(runs)]
     said = [f"not recorded in any run: {', '.join(absent)}"] if absent else []
     others = sorted({name for run in runs for name in run.curves} - set(charted(runs)))
-    hidden = [name for name in others if not name.startswith(("memory/", "update/changed", "update/measure"))]
+    hidden = [name for name in others if not name.startswith(ELSEWHERE)]
     said += [f"recorded in metrics.csv, not shown: {', '.join(hidden)}"] if hidden else []
     return Table("", ["metric", "run", "values", "first", "last", "lowest", "highest"], rows, said)
 
 
+ELSEWHERE = ("memory/", "update/changed", "update/measure", "update/watch", "update/absorbed_frac", "update/momentum_")
+ELSEWHERE += ("update/sqrt_v",)
+"""Metrics that other sections show."""
 WANTED = (
     "reward/mean",
     "policy/kl",

@@ -39,12 +39,6 @@ class Chart:
     figure: go.Figure
 
 
-def charts(title: str, runs: Sequence[Run]) -> list[Chart]:
-    """Those of a section of the document, by its title; none if there is nothing to draw."""
-    makers = {"Training": training, "Memory": memory, "Update sparsity": sparsity}
-    return makers[title](runs) if title in makers else []
-
-
 def plain(text: str) -> str:
     """Text as plotly shows it literally: it would read some tags."""
     return html.escape(text, quote=False)

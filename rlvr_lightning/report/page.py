@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rlvr_lightning.profiling.table import Table, html_table
+from rlvr_lightning.report import figures, why
 from rlvr_lightning.report.document import Sample, Section, document
-from rlvr_lightning.report.figures import Chart, charts
+from rlvr_lightning.report.figures import Chart
 from rlvr_lightning.report.reading import Run
 
 HERE = Path(__file__).parent
@@ -29,6 +30,17 @@ def page(runs: Sequence[Run]) -> str:
     return framed(title, sections, {section.title: charts(section.title, runs) for section in sections})
 
 
+def charts(title: str, runs: Sequence[Run]) -> list[Chart]:
+    """Those of a section of the document, by its title; none if there is nothing to draw."""
+    makers = {
+        "Training": figures.training,
+        "Memory": figures.memory,
+        "Update sparsity": figures.sparsity,
+        "Why sparse": why.charts,
+    }
+    return makers[title](runs) if title in makers else []
+
+
 def framed(title: str, sections: Sequence[Section], drawn: Mapping[str, Sequence[Chart]]) -> str:
     """HTML of some sections and the charts in them.
 
@@ -40,7 +52,7 @@ def framed(title: str, sections: Sequence[Section], drawn: Mapping[str, Sequence
     from plotly.offline import get_plotlyjs
 
     scripts = [get_plotlyjs(), (HERE / "page.js").read_text()]
-    figures = [chart.figure.to_plotly_json() for found in drawn.values() for chart in found]
+    drawings = [chart.figure.to_plotly_json() for found in drawn.values() for chart in found]
     start, body = 0, []
     for section in sections:
         body.append(_section(section, drawn[section.title], start))
@@ -55,7 +67,7 @@ def framed(title: str, sections: Sequence[Section], drawn: Mapping[str, Sequence
             f"<h1>{title}</h1>",
             f"<nav>{''.join(f'<a href=#{_anchor(s.title)}>{html.escape(s.title)}</a> ' for s in sections)}</nav>",
             *body,
-            f'<script type="application/json" id="figures">{_inert(figures)}</script>',
+            f'<script type="application/json" id="figures">{_inert(drawings)}</script>',
             *(f"<script>{script}</script>" for script in scripts),
             "</body></html>\n",
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Run:
     """As in `memory.json`."""
     sparsity: list[dict[str, Any]] = field(default_factory=list)
     """Lines of `sparsity.jsonl` of the first optimizer; rising `step`, in optimizer steps, each once."""
+    why: list[dict[str, Any]] = field(default_factory=list)
+    """The same of `why_sparse.jsonl`, which only runs with that callback have."""
     completions: list[dict[str, Any]] = field(default_factory=list)
     """Samples of the first step kept and of the last; `step` is the number of batches done when they were written."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +115,8 @@ def _read_folder(name: str, folder: Path) -> Run:
             "sparsity.jsonl": _read_sparsity,
             "completions.jsonl": _read_completions,
         }[file](run, path)
+    if (folder / "why_sparse.jsonl").is_file():
+        run.why = _measured(run, folder / "why_sparse.jsonl", _watched)
     return run
 
 
@@ -177,23 +181,43 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _read_sparsity(run: Run, path: Path) -> None:
+    run.sparsity = _measured(run, path, _compared)
+
+
+def _measured(run: Run, path: Path, whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Measurements of the first optimizer, a line each."""
     found: dict[int, dict[str, Any]] = {}
     damaged = others = 0
     for line in _lines(path):
-        if (
-            line is None
-            or not _counted(line.get("last_step"))
-            or not (not line.get("total") or _counted(line["total"]))
-        ):
+        if line is None or not whole(line):
             damaged += 1
         elif line.get("optimizer"):
             others += 1
         else:
             found[line["step"]] = line
-    run.sparsity = [found[step] for step in sorted(found)]
     _damaged(run, path, damaged)
     if others:
-        run.missing.append(f"sparsity.jsonl: {others:,} lines of further optimizers are not shown")
+        run.missing.append(f"{path.name}: {others:,} lines of further optimizers are not shown")
+    return [found[step] for step in sorted(found)]
+
+
+def _compared(line: dict[str, Any]) -> bool:
+    """Whether it is a line of `UpdateSparsity`."""
+    return _counted(line.get("last_step")) and (not line.get("total") or _counted(line["total"]))
+
+
+def _watched(line: dict[str, Any]) -> bool:
+    """Whether it is a line of `WhySparse`, as far as it is read."""
+    parts = line.get("kinds"), line.get("layers")
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    rows = [line.get("all"), *line["kinds"].values(), *line["layers"].values()]
+    whole = rows[: 1 + len(line["kinds"])]
+    return all(isinstance(row, dict) for row in rows) and all(
+        isinstance(row.get(key), wanted)
+        for row in whole
+        for key, wanted in (("update", dict), ("sqrt_v", dict | None), ("sqrt_v_own", dict | None))
+    )
 
 
 def _counted(record: Any) -> bool:
@@ -252,6 +276,8 @@ def _prepend(run: Run, earlier: Run) -> None:
     run.curves = {name: curve for name, curve in run.curves.items() if curve}
     since = run.sparsity[0].get("since_step") if run.sparsity else None
     run.sparsity = [line for line in earlier.sparsity if since is None or line["step"] <= since] + run.sparsity
+    since = run.why[0].get("since_step") if run.why else None
+    run.why = [line for line in earlier.why if since is None or line["step"] <= since] + run.why
     if earlier.completions:
         first, last = earlier.completions[0]["step"], (run.completions or earlier.completions)[-1]["step"]
         run.completions = [line for line in earlier.completions if line["step"] == first] + [
