@@ -122,8 +122,10 @@ def training(runs: Sequence[Run]) -> Table:
     return Table("", ["metric", "run", "values", "first", "last", "lowest", "highest"], rows, said)
 
 
-ELSEWHERE = ("memory/", "update/changed", "update/measure", "update/watch", "update/absorbed_frac", "update/momentum_")
-ELSEWHERE += ("update/sqrt_v",)
+ELSEWHERE = (
+    *("memory/", "update/changed", "update/measure"),
+    *("update/watch", "update/absorbed_frac", "update/momentum_", "update/sqrt_v"),
+)
 """Metrics that other sections show."""
 WANTED = (
     "reward/mean",
