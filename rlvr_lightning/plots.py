@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlvr_lightning.bench_tables import fill_bench
 from rlvr_lightning.change_tables import fill_changes
+from rlvr_lightning.claims import fill_claims
 from rlvr_lightning.rates import lines, swept
 from rlvr_lightning.records import Cell, best_cells, cells, load_records
 from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
@@ -139,7 +140,9 @@ def fill(path: Path, check: bool) -> int:
     text = path.read_text()
     folder = path.resolve().parent
     results = folder if folder.name == "results" else folder / "results"
-    new = fill_changes(fill_bench(fill_blocks(text, results), results), results)
+    new = text
+    for filled in (fill_blocks, fill_bench, fill_changes, fill_claims):
+        new = filled(new, results)
     if check and new != text:
         print(
             f"error: {path} does not show what the records say: python -m rlvr_lightning plots {path}", file=sys.stderr

@@ -16,7 +16,7 @@ FILES = sorted(
 # Lower rooms know nothing of higher ones.
 FLOORS = [
     {"schema", "seeds", "configuration", "estimates", "heap", "ranks", "watch"},
-    {"advantage", "losses", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
+    {"advantage", "losses", "value_head", "logprobs", "packing", "learning_rate", "rewards", "optim", "compute", "delta"},
     {
         "experience",
         "kept_batch",
@@ -36,7 +36,7 @@ FLOORS = [
         "problem_file",
     },
     {"policy_module"},
-    {"grpo", "sft"},
+    {"grpo", "sft", "policy_module"},
     {"callbacks", "profiling"},
     {
         "config_errors",
@@ -50,6 +50,8 @@ FLOORS = [
         "records",
         "rates",
         "change_tables",
+        "claims",
+        "claim_numbers",
         "tables",
         "sweep",
         "plots",

@@ -1,0 +1,79 @@
+"""The page of claims: numbers and verdicts from records made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlvr_lightning.claim_numbers import changed, final, shared
+from rlvr_lightning.claims import CLAIMS, PASS, TEST, Seen, fill_claims
+
+
+def write(folder: Path, label: str, values: list[float], metric: str = PASS, **point) -> None:
+    """A record for each value, seeds from 0 on."""
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    for seed, value in enumerate(values):
+        record = {"label": label, "point": point, "seed": seed, "status": "ok"}
+        record["metrics"] = {metric: {"start": 0.0, "final": value, "curve": [[0, 0.0], [9, value]]}}
+        name = "-".join([label, *map(str, point.values()), str(seed)])
+        (folder / "records" / f"{name}.json").write_text(json.dumps(record))
+
+
+def look(says: str, results: Path) -> Seen:
+    [claim] = [claim for claim in CLAIMS if claim.says.startswith(says)]
+    return claim.look(results)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "smollm2", "verdict"),
+    [([0.90, 0.88], 0.7, "confirmed"), ([0.80, 0.79], 0.7, "in part"), ([0.80, 0.79], 0.5, "not confirmed")],
+)
+def test_a_verdict_follows_from_the_records(tmp_path, tiny, smollm2, verdict):
+    write(tmp_path / "tiny_seeds", "sgd", tiny)
+    write(tmp_path / "tiny_seeds", "adamw", [0.89, 0.87])
+    write(tmp_path / "smollm2_seeds", "sgd", [smollm2] * 3, TEST)
+    write(tmp_path / "smollm2_seeds", "adamw_lower", [0.7] * 3, TEST)
+    seen = look("SGD without momentum learns as well", tmp_path)
+    assert seen.verdict == verdict
+    assert f"tiny {sum(tiny) / 2 - 0.88:+.3f} (95 %:" in seen.text
+
+
+def test_rates_are_compared_where_each_is_stable(tmp_path):
+    for label, good in (("sgd", 0.1), ("adamw", 1e-4)):
+        for power, value in enumerate((0.5, 0.9, 0.1)):
+            write(tmp_path / "tiny_sweep", label, [value], **{"x.lr": good * 10.0 ** (power - 1)})
+    seen = look("SGD wants rates", tmp_path)
+    assert seen == ("stable rates: adamw: 0.0001 to 0.0001; sgd: 0.1 to 0.1; SGD's is 1,000 times AdamW's", "confirmed")
+
+
+def test_values_are_chosen_by_label_point_and_seed(tmp_path):
+    write(tmp_path, "sgd", [0.5, 0.6], **{"a.kl": 0.0})
+    write(tmp_path, "sgd", [0.7], **{"a.kl": 0.1})
+    assert final(tmp_path, "sgd", PASS, kl=0.0) == {0: 0.5, 1: 0.6}
+    assert final(tmp_path, "sgd", PASS, kl=0.1) == {0: 0.7}
+    with pytest.raises(ValueError, match="has no good run of adamw"):
+        final(tmp_path, "adamw", PASS)
+    with pytest.raises(ValueError, match="no records in .*none; run its sweep first"):
+        final(tmp_path / "none", "sgd", PASS)
+
+
+def test_pairs_differ_in_the_seed_or_in_the_label(tmp_path):
+    def run(label, seed):
+        return {"label": label, "point": {}, "seed": seed}
+
+    pairs = {"1": (run("a", 0), run("a", 1)), "2": (run("a", 0), run("b", 0)), "3": (run("a", 1), run("b", 1))}
+    (tmp_path / "overlaps.json").write_text(json.dumps({key: {"runs": runs} for key, runs in pairs.items()}))
+    assert len(shared(tmp_path, "a", "a", lambda one: one)) == 1
+    assert len(shared(tmp_path, "b", "a", lambda one: one)) == 2
+    with pytest.raises(ValueError, match="no pair of a and c"):
+        shared(tmp_path, "a", "c", lambda one: one)
+    with pytest.raises(ValueError, match="python -m rlvr_lightning dissect makes it"):
+        changed(tmp_path, "a", lambda one: one)
+
+
+def test_the_block_is_filled_and_a_page_without_one_left_alone(tmp_path):
+    assert fill_claims("no block here", tmp_path) == "no block here"
+    with pytest.raises(ValueError, match="claims: no records"):
+        fill_claims("<!-- claims -->\n<!-- end -->", tmp_path)
