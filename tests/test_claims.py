@@ -55,7 +55,7 @@ def test_values_are_chosen_by_label_point_and_seed(tmp_path):
     assert final(tmp_path, "sgd", PASS, kl=0.1) == {0: 0.7}
     with pytest.raises(ValueError, match="has no good run of adamw"):
         final(tmp_path, "adamw", PASS)
-    with pytest.raises(ValueError, match="no records in .*none; run its sweep first"):
+    with pytest.raises(ValueError, match=r"no records in .*none; run its sweep first"):
         final(tmp_path / "none", "sgd", PASS)
 
 
