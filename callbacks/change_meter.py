@@ -30,7 +30,8 @@ class ChangeMeter:
     """Compares an optimizer's parameters with what they were before a step and at the start.
 
     Args:
-        optimizer: its distinct parameters are counted; the frozen ones as entries that do not change.
+        optimizer: its distinct parameters are counted; the frozen ones as entries that do not change, those of groups
+            that are marked as a `critic` not at all.
         names: the name of a parameter by its id().
         definitions: which definitions of "changed".
         folder: where the old values wait.
@@ -50,7 +51,8 @@ class ChangeMeter:
         total: bool = True,
         first_rank: bool = True,
     ) -> None:
-        parameters = distinct(p for group in optimizer.param_groups for p in group["params"])
+        groups = [group for group in optimizer.param_groups if not group.get("critic")]
+        parameters = distinct(p for group in groups for p in group["params"])
         self.names = [names.get(id(p), "") for p in parameters]
         self.frozen = {row: p.numel() for row, p in enumerate(parameters) if not p.requires_grad}
         self.definitions = list(definitions)

@@ -15,7 +15,7 @@ from rlvr_lightning.callbacks.memory_probes import PhaseMeter, choose_probe, nvm
 from rlvr_lightning.callbacks.optimizer_state import OptimizerState
 from rlvr_lightning.callbacks.run_files import exact, run_folder, write_json
 
-PHASES = ("rollout", "reward", "reference", "forward", "backward", "optimizer", "validation", "other")
+PHASES = ("rollout", "reward", "reference", "values", "prm", "forward", "backward", "optimizer", "validation", "other")
 
 
 class GPUMemory(Callback):
@@ -33,7 +33,7 @@ class GPUMemory(Callback):
 
     Phases are forward, backward, optimizer (all the rest: other, validation), told apart by Lightning's hooks. A module
     that knows more has an attribute `phase_listeners`, a list of functions, and calls each with the name of the phase
-    it enters (`rollout`, `reward`, `forward`, `backward`, `optimizer`, or "" for none); then its word alone counts.
+    it enters (one of `PHASES`, or "" for none); then its word alone counts.
 
     On CUDA the figures are those of torch's allocator, on a CPU the resident memory of the process. Where there are
     several processes, a figure is that of the one where it is highest; of a phase not named above, the first one's.

@@ -80,6 +80,22 @@ def teaches(advantages: Tensor, mask: Tensor, group: int) -> Tensor:
     return ((each != 0) & mask).any(1).view(-1, group).any(1)
 
 
+def of_completions(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Float [R]: of completions, their own, or the mean over those of their tokens that count.
+
+    Args:
+        advantages: float [R] or [R, T].
+        mask: bool [R, T].
+
+    Example:
+        >>> of_completions(torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[True, True], [True, False]])).tolist()
+        [1.5, 3.0]
+    """
+    if advantages.ndim == 1:
+        return advantages
+    return advantages.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def token_rewards(rewards: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
     """Rewards of tokens: a completion's own at its last token that counts, less a penalty of every one.
 

@@ -153,7 +153,7 @@ def optimizer_bytes(module: GRPO, trained: Sequence[Tensor]) -> int:
 
 def reference_bytes(module: GRPO, trained: Sequence[Tensor]) -> int:
     """Bytes of the reference at the start: of copies, for a delta is empty then."""
-    if module.objective.kl_coef == 0 or module.lora:
+    if module.keep_reference == "none" or module.lora:
         return 0
     return held(p for p in trained if module.keep_reference == "copy" or p.element_size() != 2)
 
@@ -218,7 +218,7 @@ def table(shares: Shares, module: GRPO, trainer: Trainer) -> str:
 
 def reference_note(shares: Shares, module: GRPO) -> str:
     """Where a reference grows."""
-    if module.objective.kl_coef == 0:
+    if module.keep_reference == "none":
         return "none: objective.kl_coef is 0"
     if module.lora:
         return "the policy without its adapters"

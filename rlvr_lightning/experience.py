@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,24 +60,24 @@ class Experience:
 
     rollouts: Rollouts
     advantages: Tensor
-    """float32 [R]"""
+    """float32 [R], or [R, T] where each token has its own."""
     mask: Tensor
     """bool [R, T]: tokens that count in the loss."""
     ref_logprobs: Tensor | None = None
     """float32 [R, T], or None without a KL term."""
     old_logprobs: Tensor | None = None
     """float32 [R, T], the policy's before the first update, where a correction needs them; else None."""
+    old_values: Tensor | None = None
+    """float32 [R, T], before the first update, where there is a value head; else None."""
+    returns: Tensor | None = None
+    """float32 [R, T], what those should have been."""
 
     def select(self, prompts: list[int]) -> Experience:
         """Some prompts' groups."""
         rows = self.rollouts.rows(prompts)
-        return Experience(
-            rollouts=self.rollouts.select(prompts),
-            advantages=self.advantages[rows],
-            mask=self.mask[rows],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[rows],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
-        )
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rollouts"}
+        chosen: dict[str, Any] = {name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()}
+        return Experience(rollouts=self.rollouts.select(prompts), **chosen)
 
     def minibatches(self, count: int, seed: int, ranks: Ranks = ALONE) -> Iterator[Experience]:
         """Split the prompts of all ranks, shuffled, into `count` equal parts (into one: as it is).
@@ -110,16 +110,24 @@ class Experience:
             yield whole.select(order[start : start + prompts])
 
 
+def check_resampling(group_size: int, handling: Handling) -> None:
+    """Raise ValueError for groups of one, which never have a signal, that would be drawn again for lack of it."""
+    if group_size == 1 and handling.resample_rounds:
+        raise ValueError("handling.resample_rounds needs group_size of at least 2; raise it, or set the rounds to 0")
+
+
 def check_settings(
     group_size: int,
     batching: Batching,
     sampling: Sampling,
     rewards: Collection[str],
     reward_weights: Collection[str] | None,
+    least_group: int = 2,
 ) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}: a group of one has no baseline")
+    if group_size < least_group:
+        why = ": a group of one has no baseline" if least_group > 1 else ""
+        raise ValueError(f"group_size must be at least {least_group}, got {group_size}{why}")
     batching.check(group_size)
     if sampling.temperature == 0:
         raise ValueError("sampling.temperature must be positive in training: greedy groups are all alike")

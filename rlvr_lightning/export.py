@@ -119,6 +119,9 @@ def restored(kept: Kept, model: str | None = None) -> tuple[Policy, str]:
     if "model" not in about:
         first = reader.specs[f"weights/{reader.weights[0]}"]
         about = about_run(kept.path) | {"dtype": str(first[1]).removeprefix("torch.")}
+    beside = tuple(about.get("beside") or ())
+    reader.weights = [name for name in reader.weights if not name.startswith(beside)]
+    reader.aliases = {name: first for name, first in reader.aliases.items() if not name.startswith(beside)}
     holder = build(about | ({"model": model} if model else {}), from_scratch=not about.get("base_digest"))
     restore_(holder, reader)
     return cast(Policy, holder.policy), model or about["model"]

@@ -22,7 +22,7 @@ Run it: ``python -m rlvr_lightning fit --config sgd.yaml``
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -31,13 +31,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from rlvr_lightning.advantage import Baseline, group_advantages, has_signal
+from rlvr_lightning.advantage import Baseline, group_advantages, has_signal, of_completions, teaches
 from rlvr_lightning.data.curriculum import tell_curriculum
 from rlvr_lightning.evaluation import Evaluated
 from rlvr_lightning.evaluation_plan import Evaluation
-from rlvr_lightning.experience import Batching, Experience, Handling, check_settings
+from rlvr_lightning.experience import Batching, Experience, Handling, check_resampling, check_settings
 from rlvr_lightning.kept_batch import about_batch, save_batch
 from rlvr_lightning.losses import Counts, Objective, policy_loss
+from rlvr_lightning.metrics import summed
+from rlvr_lightning.policy import TokenLogprobs
 from rlvr_lightning.policy_module import PolicyModule
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
@@ -79,6 +81,10 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
     """
 
     counts = ("rollout_step", *PolicyModule.counts)  # the first seeds sampling, so a resumed run goes on with it
+    least_group = 2
+    """Completions of a prompt without which there is no baseline."""
+    needs_reference = False
+    """Whether there is a reference also without a KL term."""
 
     def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
         self,
@@ -98,9 +104,10 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
         reference: Literal["delta", "copy", "none"] = "delta",
         **kwargs: Any,
     ) -> None:
-        check_settings(group_size, batching, sampling, rewards, reward_weights)
+        check_settings(group_size, batching, sampling, rewards, reward_weights, self.least_group)
+        check_resampling(group_size, handling)
         check_reference(reference, objective.kl_coef)
-        kept = reference if objective.kl_coef > 0 else "none"
+        kept = reference if self.needs_reference or objective.kl_coef > 0 else "none"
         super().__init__(model=model, optimizer=optimizer, reference=kept, **kwargs)
         self.vllm = settings_of(rollout, handling.resample_rounds)
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards, weights=reward_weights or {}, stop=stop or [])
@@ -164,7 +171,7 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
         """Sample G completions of each prompt and score them; draw again, if asked to, groups without signal."""
         rollouts, scores, seconds = self._sample_and_score(records, round_=0)
         for round_ in range(1, self.handling.resample_rounds + 1):
-            dull = (~has_signal(scores.total, self.group_size)).nonzero()[:, 0].tolist()
+            dull = (~self.with_signal(scores)).nonzero()[:, 0].tolist()
             if not self.ranks.any(bool(dull)):
                 break
             again, rescored, more = self._sample_and_score([records[p] for p in dull], round_)
@@ -172,6 +179,10 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             rollouts = rollouts.with_replaced(dull, again)
             seconds = {name: value + more[name] for name, value in seconds.items()}
         return rollouts, scores, seconds
+
+    def with_signal(self, scores: Scores) -> Tensor:
+        """Bool [P]: groups that need not be drawn again."""
+        return has_signal(scores.total, self.group_size)
 
     def _sample_and_score(self, records: list[Record], round_: int) -> tuple[Rollouts, Scores, dict[str, float]]:
         self._phase("rollout")
@@ -201,21 +212,41 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             rewards = rewards - rollouts.truncated.float()
         elif self.handling.truncated == "mask":
             mask = mask & ~rollouts.truncated[:, None]
-        advantages = group_advantages(rewards, self.group_size, self.advantage)
-        samples = self.scorer.samples(rollouts, records)
-        told = describe(samples, scores, advantages, self.rollout_step)
-        if self.ahead is not None:
-            told = [sample | {"staleness": lag} for sample, lag in zip(told, self.ahead.lags, strict=True)]
-        self.last_samples = told if self.layout.tensor.rank == 0 else []  # the others have the same
         ref_logprobs = None
         if self.reference is not None:
             self._phase("reference")
             ref_logprobs = self._without_grad(self.reference.logprobs, rollouts)
-        experience = Experience(rollouts=rollouts, advantages=advantages, mask=mask, ref_logprobs=ref_logprobs)
+        nothing = torch.zeros_like(rewards)
+        found = Experience(rollouts=rollouts, advantages=nothing, mask=mask, ref_logprobs=ref_logprobs)
+        experience = self.credit(found, rewards, scores)
+        samples = self.scorer.samples(rollouts, records)
+        told = describe(samples, scores, of_completions(experience.advantages, mask), self.rollout_step)
+        if self.ahead is not None:
+            told = [sample | {"staleness": lag} for sample, lag in zip(told, self.ahead.lags, strict=True)]
+        self.last_samples = told if self.layout.tensor.rank == 0 else []  # the others have the same
         if self.objective.correction == "none" or self.batching.minibatches * self.batching.passes == 1:
             return experience  # the only update finds the policy as it is
         before = self._without_grad(lambda some, temperature: self.policy(some, temperature).logprobs, rollouts)
         return replace(experience, old_logprobs=before)
+
+    def credit(self, found: Experience, rewards: Tensor, scores: Scores) -> Experience:
+        """The experience with its advantages: here of whole completions, against their groups.
+
+        Args:
+            found: all but the advantages.
+            rewards: float32 [R], what was earned, truncation taken into account.
+            scores: what that is made of.
+        """
+        if (penalty := self.kl_penalty(found)) is not None:
+            rewards = rewards - penalty.sum(1)
+        return replace(found, advantages=group_advantages(rewards, self.group_size, self.advantage))
+
+    def kl_penalty(self, found: Experience) -> Tensor | None:
+        """What a KL term in the reward takes off each token, float32 [R, T]; None if there is no such term."""
+        if self.objective.kl_coef == 0 or self.objective.kl_in_loss:
+            return None
+        gap = found.rollouts.rollout_logprobs - cast(Tensor, found.ref_logprobs)
+        return (self.objective.kl_coef * gap).masked_fill(~found.mask, 0.0)
 
     def _without_grad(self, logprobs: Callable[[Rollouts, float], Tensor], rollouts: Rollouts) -> Tensor:
         """[R, T] log-probs in micro-batches of whole prompts."""
@@ -235,6 +266,7 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
                 if self.nonfinite_in_row == self.handling.max_nonfinite_steps > 0:
                     raise ValueError(self._keep_batch(experience))
         log_updates(self, made)
+        self.log_dict(self.tell(summed(made)))
 
     def _keep_batch(self, experience: Experience) -> str:
         """Write the batch down for `replay`; returns why the run stops."""
@@ -250,18 +282,27 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
     def update(self, minibatch: Experience) -> dict[str, float]:
         """One optimizer step on a minibatch. Returns sums over this rank's tokens that went through the model."""
         counts = self._global_counts(minibatch.mask)
-        needs_all = self.objective.kl_coef > 0 or self.objective.entropy_coef > 0
-        live = has_signal(minibatch.advantages, self.group_size) | needs_all
-        live &= minibatch.mask.any(1).view(-1, self.group_size).any(1)
+        live = teaches(minibatch.advantages, minibatch.mask, self.group_size)
+        if self.needs_all:
+            live = minibatch.mask.any(1).view(-1, self.group_size).any(1)
         chosen = minibatch.select(live.nonzero()[:, 0].tolist()) if live.any() else None
         micros = list(chosen.micro_batches(self.batching.micro_batch)) if chosen else []
         sums = self.take_step(micros, lambda micro: self.loss_of(micro, counts))
         return {"tokens": 0.0, "skipped": float((~live).sum())} | sums
 
+    @property
+    def needs_all(self) -> bool:
+        """Whether also tokens without an advantage teach something."""
+        return self.objective.kl_in_loss or self.objective.entropy_coef > 0
+
     def loss_of(self, micro: Experience, counts: Counts) -> LossOutput:
         """Of some completions, with the numbers of tokens and completions of the whole optimizer step."""
-        now = self.policy(micro.rollouts, self.sampling.temperature)
-        out = policy_loss(
+        out = self.loss_of_tokens(self.policy(micro.rollouts, self.sampling.temperature), micro, counts)
+        return replace(out, metrics=out.metrics | {"tokens": micro.mask.sum()})
+
+    def loss_of_tokens(self, now: TokenLogprobs, micro: Experience, counts: Counts) -> LossOutput:
+        """The same, of what the policy says of the tokens."""
+        return policy_loss(
             now.logprobs,
             micro.rollouts.rollout_logprobs,
             micro.advantages,
@@ -272,7 +313,10 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             ref_logprobs=micro.ref_logprobs,
             old_logprobs=micro.old_logprobs,
         )
-        return replace(out, metrics=out.metrics | {"tokens": micro.mask.sum()})
+
+    def tell(self, made: Mapping[str, float]) -> dict[str, float]:
+        """More to log of all updates of a batch, from this rank's sums; called by all ranks together."""
+        return {}
 
     def _global_counts(self, mask: Tensor) -> Counts:
         tokens, completions = self.ranks.sum(torch.stack([mask.sum(), mask.any(1).sum()])).tolist()

@@ -16,6 +16,7 @@ from rlvr_lightning.compute import compute_in
 from rlvr_lightning.logprobs import Head, token_logprobs
 from rlvr_lightning.packing import completions_per_row, pack
 from rlvr_lightning.schema import Rollouts
+from rlvr_lightning.value_head import ValueHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -152,6 +153,8 @@ class TokenLogprobs(NamedTuple):
     """float32 [R, T], 0 where masked."""
     entropy: Tensor
     """float32 [R, T] in nats, 0 where masked."""
+    values: Tensor | None = None
+    """float32 [R, T], of what came before each token, 0 where masked; None without a value head."""
 
 
 def compute_dtype_of(policy: Policy, wanted: str, device: torch.device) -> torch.dtype:
@@ -171,6 +174,13 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.value_head: ValueHead | None = None
+
+    def add_value_head(self) -> None:
+        """Have values, too, from now on; on the device of the weights."""
+        config = self.causal_lm.config.get_text_config()
+        with next(self.parameters()).device:
+            self.value_head = ValueHead(config.hidden_size)
 
     @property
     def causal_lm(self) -> Any:
@@ -200,7 +210,7 @@ class Policy(nn.Module):
         )
 
     def forward(self, rollouts: Rollouts, temperature: float = 1.0, per_row: int | None = None) -> TokenLogprobs:
-        """Log-probabilities and entropies of the completion tokens.
+        """Log-probabilities and entropies of the completion tokens, and values where there is a value head.
 
         Args:
             rollouts: prompts and completions; rows of the completion mask must be left-aligned.
@@ -219,7 +229,10 @@ class Policy(nn.Module):
         logprob, entropy = token_logprobs(picked, self.head(), packed.targets, temperature or 1.0)
         mask = rollouts.completion_mask
         empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        return TokenLogprobs(logprobs=empty.masked_scatter(mask, logprob), entropy=empty.masked_scatter(mask, entropy))
+        values = None
+        if self.value_head is not None:
+            values = empty.masked_scatter(mask, self.value_head(picked.detach()))
+        return TokenLogprobs(empty.masked_scatter(mask, logprob), empty.masked_scatter(mask, entropy), values)
 
     def _completions_per_row(self, rollouts: Rollouts) -> int:
         config = self.causal_lm.config.get_text_config()

@@ -122,9 +122,13 @@ class PolicyModule(DeltaCheckpoints):
         """What the optimizer gets."""
         return [p for p in self.policy.parameters() if p.requires_grad]
 
+    def groups(self) -> list[Any]:
+        """How the optimizer gets it: as it is, or as parameter groups with settings of their own."""
+        return self.trained()
+
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, with its schedule."""
-        optimizer = self.make_optimizer(self.trained())
+        optimizer = self.make_optimizer(self.groups())
         if self.updates is not None:  # of an earlier fit
             self.updates.close()
         shards = self.layout.shards
@@ -168,7 +172,9 @@ class PolicyModule(DeltaCheckpoints):
             self._idle_pass()
         self._phase("optimizer")
         finite = not self.layout.data.any(not math.isfinite(sums.get("loss", 0.0)))
-        sums |= {"steps": 1.0} | self.updates.finish(cast(LightningOptimizer, self.optimizers()).step, finite)
+        optimizers = self.optimizers()
+        own = cast(LightningOptimizer, optimizers[0] if isinstance(optimizers, list) else optimizers)
+        sums |= {"steps": 1.0} | self.updates.finish(own.step, finite)
         self.nonfinite_in_row = self.nonfinite_in_row + 1 if "nonfinite" in sums else 0
         if (scheduler := self.lr_schedulers()) is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -186,7 +192,7 @@ class PolicyModule(DeltaCheckpoints):
     def _idle_pass(self) -> None:
         """A forward and a backward pass for nothing but the ranks that have more: layers are gathered by all."""
         out = self.policy(one_token(cast(int, self.tokenizer.pad_token_id), self.layout.data.device))
-        self.updates.backward(0.0 * out.logprobs.sum())
+        self.updates.backward(0.0 * torch.stack([part.sum() for part in out if part is not None]).sum())
 
     def _phase(self, name: str) -> None:
         for listener in self.phase_listeners:

@@ -48,7 +48,7 @@ class Reference:
     ) -> None:
         self.policy, self.max_density = policy, max_density
         self.adapter = hasattr(policy.model, "disable_adapter")
-        trainable = [] if self.adapter else [p for p in policy.parameters() if p.requires_grad]
+        trainable = [] if self.adapter else [p for p in policy.model.parameters() if p.requires_grad]
         self._kept: dict[Tensor, TensorDelta | Tensor] = {
             p: TensorDelta.between(p, p) if keep == "delta" and p.element_size() == 2 else local(p).clone()
             for p in trainable

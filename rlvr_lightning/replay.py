@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlvr_lightning.advantage import of_completions
 from rlvr_lightning.experience import Experience
 from rlvr_lightning.export import DTYPES, choose, kept_steps, restored
 from rlvr_lightning.kept_batch import load_batch
@@ -33,6 +34,7 @@ class Replayed:
     row: int
     tokens: int
     advantage: float
+    """The mean over its tokens, where each has its own."""
     loss: float
     """Its share of the loss of the step."""
     grad_norm: float
@@ -80,7 +82,7 @@ def replay(policy: Policy, parts: list[tuple[Experience, dict[str, Any]]]) -> It
                 rank=rank,
                 row=row,
                 tokens=int(one.mask.sum()),
-                advantage=float(one.advantages),
+                advantage=float(of_completions(one.advantages, one.mask)),
                 loss=loss,
                 grad_norm=norm,
                 before=tuple(name for name, tensor in checked.items() if not bool(tensor.isfinite().all())),

@@ -272,6 +272,8 @@ def fully_shard_layers(policy: Policy, mesh: DeviceMesh, compute: torch.dtype, s
         split_layers(policy, mesh["tensor"])
     for layer in decoder_layers(policy.causal_lm):
         fully_shard(layer, **settings)
+    if policy.value_head is not None:  # in float32, whatever the model is in
+        fully_shard(policy.value_head, **settings | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)})
     fully_shard(policy, **settings)
     register_fsdp_forward_method(policy, "logits")
     policy.register_forward_hook(_free_without_grad, always_call=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
 from rlvr_lightning.advantage import has_signal
+from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.schema import Rollouts
@@ -35,13 +38,22 @@ def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
     values = {
         "train/nonfinite_steps": sums.get("nonfinite", 0.0),
         "update/grad_norm": sums.get("grad_norm", 0.0) / sums["steps"],
-        "update/lr": module.optimizers().param_groups[0]["lr"],
+        "update/lr": module.updates.optimizer.param_groups[0]["lr"],
     }
     values |= {"update/changed_entries": sums["changed"]} if "changed" in sums else {}
     if module.reference is not None:
         held = torch.tensor(module.reference.held_bytes(module.layout.shards), dtype=torch.float64)
         values["memory/reference_bytes"] = float(module.layout.shards.sum(held))
     return values
+
+
+def trained_bytes(module: Any, parameters: Iterable[Tensor], optimizer: Optimizer) -> float:
+    """What is held of some parameters and their optimizer state, of one copy over all shards; asked by all together."""
+    held = 0.0
+    for parameter in parameters:
+        state = [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
+        held += sum(local(tensor).nbytes for tensor in [parameter, *state]) / module.layout.shards.copies_of(parameter)
+    return float(module.layout.shards.sum(torch.tensor(held, dtype=torch.float64)))
 
 
 def log_updates(module: Any, made: Sequence[Mapping[str, float]]) -> None:
@@ -71,7 +83,7 @@ def log_updates(module: Any, made: Sequence[Mapping[str, float]]) -> None:
 
 def warn_without_signal(module: Any, scores: Scores) -> None:
     """Show some completions of the run's first batch if there is nothing to learn from in it; called by all ranks."""
-    if module.rollout_step != (module.ahead is not None):
+    if module.rollout_step != (module.ahead is not None) or module.least_group == 1:
         return
     if not module.ranks.any(bool(has_signal(scores.total, module.group_size).any())):
         rank_zero_warn(no_signal(module.last_samples, module.group_size))

@@ -35,8 +35,11 @@ FLOORS = [
         "evaluation_table",
         "problem_file",
     },
-    {"policy_module"},
-    {"grpo", "sft", "policy_module"},
+    {"policy_module", "preference_losses"},
+    {"offline"},
+    {"preference"},
+    {"grpo", "sft", "dpo", "kto", "simpo", "orpo"},
+    {"rloo", "reinforce_pp", "dr_grpo", "dapo", "gspo", "cispo", "ppo", "prime"},
     {"callbacks", "profiling"},
     {
         "config_errors",

@@ -37,6 +37,8 @@ class DeltaCheckpoints(LightningModule):
     start: Start | None = None
     counts: tuple[str, ...] = ()
     """Names of attributes, integers, that checkpoints hold as well."""
+    beside: tuple[str, ...] = ()
+    """How the names of tensors begin that are not of the model: checkpoints hold them whole, an export leaves them."""
     _settings: Settings | None = None
     _resumed: Record | None = None
 

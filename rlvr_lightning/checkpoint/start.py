@@ -34,12 +34,14 @@ def in_base(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters that checkpoints describe by their base: those that move, and those that never do.
 
     A model without adapters whose weights have 16 bits moves; of one with adapters everything else stays. Tied weights
-    appear once, under their first name in `module.state_dict()`.
+    appear once, under their first name in `module.state_dict()`. What a module has beside its model is not among them.
     """
-    frozen: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    beside = getattr(module, "beside", ())
+    found = {name: p for name, p in module.named_parameters() if not name.startswith(tuple(beside))}
+    frozen: dict[str, Tensor] = {name: p for name, p in found.items() if not p.requires_grad}
     if frozen:
         return {}, frozen
-    return {name: p for name, p in module.named_parameters() if p.element_size() == 2}, {}
+    return {name: p for name, p in found.items() if p.element_size() == 2}, {}
 
 
 def base_digest(module: nn.Module, ranks: Ranks = ALONE) -> str | None:
@@ -76,10 +78,11 @@ def model_name(name: str) -> str:
 
 
 def about_model(module: Any) -> dict[str, Any]:
-    """What it takes to build the same model again: `model`, `dtype`, `lora`."""
+    """What it takes to build the same model again: `model`, `dtype`, `lora`; and what else there is: `beside`."""
     lora = getattr(module, "lora", None)
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
-    return {"model": module.model_name, "dtype": dtype, "lora": asdict(lora) if lora else None}
+    beside = list(getattr(module, "beside", ()))
+    return {"model": module.model_name, "dtype": dtype, "lora": asdict(lora) if lora else None, "beside": beside}
 
 
 class Start:
