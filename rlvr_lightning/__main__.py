@@ -35,6 +35,10 @@ COMMANDS = {
         "rlvr_lightning.analysis.dissect_command",
         "all four of every run of a sweep, as records and tables: SWEEP --base BASE",
     ),
+    "curvature": (
+        "rlvr_lightning.analysis.curvature_command",
+        "the largest eigenvalues of the Hessian of a config's loss at the start",
+    ),
     "export": ("rlvr_lightning.export", "a kept step of a run as a model's folder: RUN_OR_CHECKPOINT --out DIR"),
     "replay": ("rlvr_lightning.replay", "which completions of a batch make the gradient not finite: FOLDER"),
     "recipes": ("rlvr_lightning.data.recipes", "list the data sets known by name: columns, prompt, reward"),

@@ -38,7 +38,6 @@ def main(argv: list[str]) -> int:
         argv: the command (`fit`, `validate`, `test`) and its options.
     """
     quieten()
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # interpolation across files and overrides
     try:
         argv = resolve_config_arguments(argv)
         cli_class(argv[0], "-".join(config_names(argv)) or "run")(argv)
@@ -52,6 +51,7 @@ def main(argv: list[str]) -> int:
 
 def cli_class(command: str, name: str) -> type[RLVRCLI]:
     """The CLI for one command: parsers of the others are not built, which halves the start-up."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # interpolation across files and overrides
 
     class OneCommand(RLVRCLI):
         run_name = name
