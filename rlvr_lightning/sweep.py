@@ -19,7 +19,8 @@ A sweep file::
     out: results/tiny                          # records/*.json and runs/*/
     keep_checkpoints: true                     # false: a run that ended well keeps its logs only
 
-A run that has a record is not run again, unless it failed or its command changed. A failed run is a record too.
+A run that has a record is not run again, unless it failed or its command changed. A failed run is a record too. Metrics
+that are added later are read from the logs of the runs that are done.
 
 With `--lr` the config is one that `fit` takes, and its learning rate is what is swept; settings of `fit` may follow:
 
@@ -246,6 +247,19 @@ def pending(sweep: Sweep, redo: bool = False) -> tuple[list[Run], list[str]]:
     return todo, warnings
 
 
+def reread(sweep: Sweep) -> int:
+    """Take up metrics that the sweep names and a record lacks, from the run's log; returns how many records changed."""
+    changed = 0
+    for key, record in load_records(sweep.folder).items():
+        if record["status"] == "ok" and (missing := set(sweep.metrics) - set(record["metrics"])):
+            log = sweep.folder / "runs" / key / "metrics.csv"
+            if found := summaries(curves(log, [name for name in sweep.metrics if name in missing])):
+                record["metrics"] |= found
+                (sweep.folder / "records" / f"{key}.json").write_text(json.dumps(record, indent=1) + "\n")
+                changed += 1
+    return changed
+
+
 def run_all(sweep: Sweep, todo: Sequence[Run]) -> int:
     """Run what is to be done, `parallel` at a time, writing a record after each; returns the number of failures."""
     failures = 0
@@ -355,6 +369,8 @@ def main(argv: list[str]) -> int:
         print("\n".join(shlex.join(run.command(sweep.folder / "runs" / run.key)) for run in todo))
         return 0
     print(f"{sweep.name}: {len(todo)} runs to do, {sweep.parallel} at a time, records in {sweep.folder}", flush=True)
+    if changed := reread(sweep):
+        print(f"{changed} records: metrics that the sweep names now were read from the runs' logs")
     failures = run_all(sweep, todo)
     tell(sweep)
     return 1 if failures else 0

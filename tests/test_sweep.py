@@ -126,6 +126,15 @@ def test_a_changed_command_runs_again_a_changed_config_warns(stand_in, capsys):
     assert "4 runs to do" in capsys.readouterr().out
 
 
+def test_metrics_added_later_are_read_from_the_logs(stand_in, capsys):
+    assert sweep.main(["--config", str(as_file(metrics=["val/x/pass@1"]))]) == 0
+    assert "reward/mean" not in load_records(Path("results/s"))["sgd-lr=1.0-seed=2"]["metrics"]
+    assert sweep.main(["--config", str(as_file())]) == 0
+    told = capsys.readouterr().out
+    assert "0 runs to do" in told and "4 records: metrics that the sweep names now" in told
+    assert load_records(Path("results/s"))["sgd-lr=1.0-seed=2"]["metrics"]["reward/mean"]["final"] == 1.02
+
+
 def test_failures_are_records_and_run_again(stand_in, capsys):
     path = as_file(grid={"sgd": {LR: [0.1, 13]}}, seeds=[0])
     assert sweep.main(["--config", str(path)]) == 1
