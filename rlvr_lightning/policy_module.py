@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -12,16 +13,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from rlvr_lightning.checkpoint import DeltaCheckpoints
+from rlvr_lightning.checkpoint.start import model_name
 from rlvr_lightning.learning_rate import with_warmup
 from rlvr_lightning.metrics import summed
 from rlvr_lightning.optim.release import GradientRelease
+from rlvr_lightning.optim.subnetwork import Frozen, open_subnetwork
 from rlvr_lightning.optim.updates import Updates
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer, resolve_model
 from rlvr_lightning.reference import Reference
 from rlvr_lightning.rollout import HFEngine, stop_token_ids
 from rlvr_lightning.schema import LossOutput, one_token
 from rlvr_lightning.strategy import Layout, build_policy
-from rlvr_lightning.trainer_checks import check_optimizer, check_steps, check_trainer
+from rlvr_lightning.trainer_checks import check_optimizer, check_steps, check_subnetwork, check_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +49,8 @@ class PolicyModule(DeltaCheckpoints):
             CPU, which is several times faster there. Layers cast their weights as they run, never the whole model.
         gradient_release: update weights during the backward pass, so that gradients never exist all at once.
         activation_checkpointing: recompute layers in the backward pass: less memory, about a third more time.
+        subnetwork: a file of `subnetwork` or `delta diff`: train the entries of its mask, or those that it changes, and
+            freeze all others, bit for bit.
         seed: of all that is drawn; use the run's seed.
 
     Raises:
@@ -67,10 +72,17 @@ class PolicyModule(DeltaCheckpoints):
         compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         gradient_release: GradientRelease | None = None,
         activation_checkpointing: bool = False,
+        subnetwork: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        check_subnetwork(subnetwork, optimizer, bool(lora), getattr(torch, dtype))
+        if reference == "copy" and lora:
+            raise ValueError(
+                "model.reference: copy does not go with lora, whose reference is the model without its adapters and "
+                "costs nothing; leave it out"
+            )
         check_optimizer(optimizer, gradient_release, reference == "delta" and not lora and dtype == "bfloat16")
         self.model_name = resolve_model(model)
         self.tokenizer = load_tokenizer(self.model_name)
@@ -81,6 +93,8 @@ class PolicyModule(DeltaCheckpoints):
         self.policy: Policy = cast(Policy, None)  # built by configure_model
         self.reference: Reference | None = None
         self.updates: Updates = cast(Updates, None)  # made with the optimizer
+        self.subnetwork = subnetwork
+        self.frozen: Frozen | None = None
         self.layout = Layout()
         self.nonfinite_in_row = 0  # optimizer steps
         self.phase_listeners: list[Callable[[str], None]] = []
@@ -95,7 +109,17 @@ class PolicyModule(DeltaCheckpoints):
         self.policy, self.layout = build_policy(self._new_policy, *how)
         if self.keep_reference != "none":
             self.reference = Reference(self.policy, self.keep_reference)
+        if self.subnetwork:
+            self.frozen = self._freeze(Path(self.subnetwork).expanduser())
         self.remember_start(self.reference)
+
+    def _freeze(self, path: Path) -> Frozen:
+        """Before the optimizer is made, whose hooks may use up gradients."""
+        own = {model_name(name): p for name, p in self.named_parameters() if name.startswith("policy.model.")}
+        try:
+            return Frozen(own, open_subnetwork(path, own))
+        except ValueError as error:
+            raise ValueError(f"model.subnetwork: {error}") from None
 
     def _new_policy(self, empty: bool) -> Policy:
         model = self.load_model(empty)

@@ -108,3 +108,44 @@ def outcome_loss(process: list[list[float]], labels: list[float], completions: i
         right = 1 / (1 + math.exp(-sum(own)))
         loss -= (label * math.log(right) + (1 - label) * math.log(1 - right)) if own else 0.0
     return loss / completions
+
+
+def minus_log_sigmoid(x: float) -> float:
+    return math.log(1 + math.exp(-x))
+
+
+def dpo(policy, ref, beta: float, smoothing: float) -> float:
+    """A sum over pairs [chosen, rejected], as the next three."""
+    total = 0.0
+    for (chosen, rejected), (ref_chosen, ref_rejected) in zip(policy, ref, strict=True):
+        x = beta * (chosen - ref_chosen - rejected + ref_rejected)
+        total += (1 - smoothing) * minus_log_sigmoid(x) + smoothing * minus_log_sigmoid(-x)
+    return total
+
+
+def ipo(policy, ref, beta: float) -> float:
+    return sum(((p[0] - r[0]) - (p[1] - r[1]) - 0.5 / beta) ** 2 for p, r in zip(policy, ref, strict=True))
+
+
+def simpo(policy, lengths, beta: float, margin: float) -> float:
+    pairs = zip(policy, lengths, strict=True)
+    return sum(minus_log_sigmoid(beta * (p[0] / n[0] - p[1] / n[1]) - margin) for p, n in pairs)
+
+
+def orpo(policy, lengths, weight: float, pairs: int, tokens: int) -> float:
+    total = 0.0
+    for side, length in zip(policy, lengths, strict=True):
+        p = [math.exp(s / n) for s, n in zip(side, length, strict=True)]
+        odds_ratio = (p[0] / (1 - p[0])) / (p[1] / (1 - p[1]))
+        total += -side[0] / tokens + weight * minus_log_sigmoid(math.log(odds_ratio)) / pairs
+    return total
+
+
+def kto(policy, ref, good, kl: float, beta: float, weights: tuple[float, float]) -> float:
+    total = 0.0
+    for p, r, is_good in zip(policy, ref, good, strict=True):
+        if is_good:
+            total += weights[0] * (1 - 1 / (1 + math.exp(-beta * (p - r - kl))))
+        else:
+            total += weights[1] * (1 - 1 / (1 + math.exp(-beta * (kl - p + r))))
+    return total

@@ -20,11 +20,16 @@ from torch.distributed.tensor import DTensor
 from rlvr_lightning.callbacks import UpdateSparsity
 from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.delta.tensor import whole
+from rlvr_lightning.dpo import DPO
 from rlvr_lightning.experience import Batching, Handling
 from rlvr_lightning.grpo import GRPO
+from rlvr_lightning.kto import KTO
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim.release import GradientRelease
 from rlvr_lightning.policy import TINY, LoRA
+from rlvr_lightning.ppo import PPO, PPOObjective
+from rlvr_lightning.prime import PRIME
+from rlvr_lightning.reinforce_pp import ReinforcePP, ReinforcePPObjective
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.schema import Sampling
 from rlvr_lightning.sft import SFT
@@ -42,6 +47,13 @@ class SameForSome(Reward):
 
     def __call__(self, samples):
         return [0.0 if int(s.prompt[:1]) % 2 == 0 else d for s, d in zip(samples, Digits()(samples), strict=True)]
+
+
+class Sign(Digits):
+    """A verdict: whether there are digits, modulo 3."""
+
+    def __call__(self, samples):
+        return [float(value > 0) for value in super().__call__(samples)]
 
 
 class Disagreeing(Digits):
@@ -93,7 +105,9 @@ CASES: dict[str, dict] = {
     "tensor disagreeing": {"strategy": {"tensor": 2}, "rewards": {"r": Disagreeing()}},
     "gpt2": {"kind": "gpt2", "objective": KL},
     "replicas": {"strategy": {"replicate": "all"}, "objective": KL},
-    "sft": {"sft": True},
+    "sft": {"texts": SFT},
+    "dpo": {"texts": DPO},
+    "kto": {"texts": KTO, "settings": {"beta": 0.5, "micro_batch": 5}},
     **{
         f"{name}": {"optimizer": make, "dtype": "bfloat16", "objective": KL, "batching": WHOLE}
         for name, make in OURS.items()
@@ -122,12 +136,41 @@ CASES: dict[str, dict] = {
         "batching": WHOLE,
         "gradient_release": GradientRelease(clip="delayed"),
     },
+    "ppo": {
+        "algorithm": PPO,
+        "objective": PPOObjective(kl_coef=0.1),
+        "lam": 0.9,
+        "value_lr": 1.0,
+        "batching": Batching(minibatches=3, micro_batch=4),
+    },
+    "ppo released": {
+        "algorithm": PPO,
+        "optimizer": OURS["split"],
+        "dtype": "bfloat16",
+        "group_size": 1,
+        "batching": WHOLE,
+        "gradient_release": GradientRelease(),
+    },
+    "prime": {"algorithm": PRIME, "rewards": {"r": Sign()}, "prm_lr": 1.0, "batching": Batching(micro_batch=4)},
+    "prime released": {
+        "algorithm": PRIME,
+        "rewards": {"r": Sign()},
+        "optimizer": OURS["split"],
+        "dtype": "bfloat16",
+        "batching": WHOLE,
+        "gradient_release": GradientRelease(),
+    },
+    "reinforce++": {
+        "algorithm": ReinforcePP,
+        "objective": ReinforcePPObjective(kl_coef=0.1),
+        "batching": Batching(micro_batch=4),
+    },
     "copy": {"optimizer": OURS["split"], "dtype": "bfloat16", "objective": KL, "reference": "copy", "batching": WHOLE},
 }
 
 
-class Watched(GRPO):
-    """Remembers what was sampled, and what was logged."""
+class Watched:
+    """Part of a GRPO that remembers what was sampled, and what was logged."""
 
     def judge(self, rollouts, scores, records):
         mine = [
@@ -150,11 +193,18 @@ class Watched(GRPO):
         super().log_dict(values, *args, **kwargs)
 
 
+def watched(kind: type[GRPO]) -> type[GRPO]:
+    """An algorithm that remembers."""
+    return type("Watched", (Watched, kind), {})
+
+
 class Demos(Prompts):
-    """Prompts with demonstrations of unlike length."""
+    """Prompts with demonstrations, pairs and labelled completions of unlike length."""
 
     def __getitem__(self, index):
-        return self.records[index] | {"demonstration": "=12" * (1 + index % 3)}
+        text = "=12" * (1 + index % 3)
+        pair = {"chosen": text, "rejected": "+7" * (1 + index % 4)}
+        return self.records[index] | pair | {"demonstration": text, "completion": text, "label": index % 3 > 0}
 
 
 def no_whole_tensor(*_, **__):
@@ -163,6 +213,11 @@ def no_whole_tensor(*_, **__):
 
 def data(**splits) -> PromptData:
     return PromptData(str(TINY), **splits, prompts_per_step=PROMPTS, val_batch=3, seed=5)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Of the policy, and of what is trained beside it."""
+    return {name.removeprefix("policy."): p for name, p in model.named_parameters()}
 
 
 def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -> dict:
@@ -184,7 +239,7 @@ def trained(model, prompts: PromptData, steps: int, out: Path, settings: dict) -
         assert waits_s == {60.0}, waits_s
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
-        "weights": {n: whole(p).detach().clone() for n, p in model.policy.named_parameters()},
+        "weights": {n: whole(p).detach().clone() for n, p in weights_of(model).items()},
         "val": {name: value for name, value in found.items() if name.startswith("val/")},
         "changed": json.loads((out / "sparsity.jsonl").read_text().splitlines()[-1])["last_step"]["changed"],
     }
@@ -197,11 +252,14 @@ def run(folder: str, case: dict, steps: int, out: Path) -> dict:
     if settings.get("replicate") == "all":
         settings = {"replicate": WORLD}
     torch.manual_seed(0)
-    if case.pop("sft", False):
+    if learner := case.pop("texts", None):
         demos = data(train=Demos(12), val={"a": Demos(4)})
-        return trained(SFT(folder, partial(torch.optim.SGD, lr=0.1)), demos, steps, out, settings)
-    model = module(folder, **{"optimizer": torch_sgd(), "sampling": Sampling(max_tokens=9, temperature=0.8), **case})
-    model.__class__ = Watched
+        model = learner(folder, partial(torch.optim.SGD, lr=0.1), **case.pop("settings", {}))
+        return trained(model, demos, steps, out, settings)
+    kind = watched(case.pop("algorithm", GRPO))
+    model = module(
+        folder, kind, **{"optimizer": torch_sgd(), "sampling": Sampling(max_tokens=9, temperature=0.8), **case}
+    )
     found = trained(model, data(train=Prompts(), val={"a": Prompts(5), "b": Prompts(2)}), steps, out, settings)
     return found | {"seen": sorted(model.seen), "told": model.told}
 

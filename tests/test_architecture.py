@@ -68,6 +68,7 @@ PURE = [
     "schema",
     "advantage",
     "losses",
+    "preference_losses",
     "logprobs",
     "packing",
     "learning_rate",

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from rlvr_lightning.data.arithmetic import Arithmetic, ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData
+from rlvr_lightning.offline import Text, ids_of, rollouts_of
 from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.policy import TINY, load_model, load_tokenizer
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.rollout import HFEngine
 from rlvr_lightning.schema import Sample, Sampling
-from rlvr_lightning.sft import SFT, as_rollouts, demonstration_ids, weights_digest
+from rlvr_lightning.sft import SFT, weights_digest
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2)
 QUIET = {
@@ -73,20 +74,20 @@ def test_losses_equal_the_naive_ones(blank):
     assert len(set(map(len, losses))) > 1
     assert float(trainer.callback_metrics["val/demos/nll"]) == pytest.approx(expected, rel=1e-5)
     batch = [record | {"prompt_ids": module.tokenizer(record["prompt"])["input_ids"]} for record in val]
-    pairs, tokens = module._share(batch)
-    assert float(module._nll(pairs)) / tokens == pytest.approx(expected, rel=1e-5)
+    texts = [module.text_of(record) for record in batch]
+    assert float(module._loss(texts, module.totals(texts)).loss) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_micro_batches_change_no_gradient(blank, micro_batch):
-    whole, parts = (fit(blank, steps=3, micro_batch=size)[0] for size in (None, micro_batch))
+    whole, parts = (fit(blank, steps=3, micro_batch=size)[0] for size in (16, micro_batch))
     for a, b in zip(whole.policy.parameters(), parts.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_a_released_step_has_one_micro_batch(blank):
     ours = {"dtype": "bfloat16", "gradient_release": GradientRelease()}
-    with pytest.raises(ValueError, match=r"model\.micro_batch is 4 and a step has 6"):
+    with pytest.raises(ValueError, match=r"model\.micro_batch is 4 and a step has 6 texts"):
         fit(blank, optimizer=partial(SGD, lr=0.1), micro_batch=4, **ours)
 
 
@@ -134,11 +135,12 @@ def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
 
 def test_a_record_without_demonstration_is_refused():
     with pytest.raises(ValueError, match=r"record 3 has no text under 'demonstration'"):
-        demonstration_ids({"prompt": "1+1=", "index": 3}, load_tokenizer("tiny"))
+        ids_of({"prompt": "1+1=", "index": 3}, "demonstration", load_tokenizer("tiny"))
 
 
 def test_rollouts_of_unlike_lengths():
-    rollouts = as_rollouts([([5], [1, 2, 3]), ([6, 7], [4])], "cpu")
+    texts = [Text(prompt_ids=prompt, completions=[ids]) for prompt, ids in [([5], [1, 2, 3]), ([6, 7], [4])]]
+    rollouts = rollouts_of(texts, "cpu")
     assert rollouts.completion_ids.tolist() == [[1, 2, 3], [4, 0, 0]]
     assert rollouts.completion_mask.tolist() == [[True, True, True], [True, False, False]]
     assert rollouts.group == 1 and rollouts.prompt_ids == [[5], [6, 7]]

@@ -45,12 +45,14 @@ class GradientRelease:
     accumulation: Literal["whole", "each"] = "whole"
     """One micro-batch per optimizer step (exact), or every micro-batch applied at once (several smaller steps)."""
 
-    def check(self, completions: int, micro_batch: int, field: str = "batching.micro_batch") -> None:
+    def check(
+        self, completions: int, micro_batch: int, field: str = "batching.micro_batch", of: str = "completions"
+    ) -> None:
         """Raise ValueError where an optimizer step has several micro-batches and nothing says what to do with them."""
         if self.accumulation == "whole" and completions > micro_batch:
             raise ValueError(
                 f"gradient_release.accumulation: whole needs one micro-batch per optimizer step, but "
-                f"{field} is {micro_batch} and a step has {completions} completions; raise it to "
+                f"{field} is {micro_batch} and a step has {completions} {of}; raise it to "
                 f"{completions} (activation_checkpointing saves memory) or set gradient_release.accumulation: each"
             )
 
