@@ -29,7 +29,7 @@ def log_scores(module: Any, rollouts: Rollouts, scores: Scores) -> None:
 
 
 def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
-    """What optimizer steps did, by any algorithm: `train/nonfinite_steps`, `update/...`, `memory/reference_bytes`.
+    """What optimizer steps did, by any algorithm: `train/nonfinite_steps`, `update/...`, and bytes kept beside weights.
 
     Args:
         module: a PolicyModule.
@@ -41,9 +41,10 @@ def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
         "update/lr": module.updates.optimizer.param_groups[0]["lr"],
     }
     values |= {"update/changed_entries": sums["changed"]} if "changed" in sums else {}
-    if module.reference is not None:
-        held = torch.tensor(module.reference.held_bytes(module.layout.shards), dtype=torch.float64)
-        values["memory/reference_bytes"] = float(module.layout.shards.sum(held))
+    for name, kept in (("reference", module.reference), ("subnetwork", module.frozen)):
+        if kept is not None:
+            held = torch.tensor(kept.held_bytes(module.layout.shards), dtype=torch.float64)
+            values[f"memory/{name}_bytes"] = float(module.layout.shards.sum(held))
     return values
 
 

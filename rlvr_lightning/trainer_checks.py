@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from rlvr_lightning.experience import Batching
 from rlvr_lightning.optim.release import GradientRelease, ReleasedUpdate
+from rlvr_lightning.optim.subnetwork import check_freezes
 from rlvr_lightning.optim.tensorwise import on_change
 from rlvr_lightning.strategy import Sharded
 
@@ -74,6 +76,19 @@ def check_optimizer(make: Callable[..., Optimizer], release: GradientRelease | N
         ReleasedUpdate(optimizer, release, max_norm=0.0).close()
     if follow:
         on_change(optimizer, lambda parameter, undo: None, lambda parameter: True)
+
+
+def check_subnetwork(path: str | None, make: Callable[..., Optimizer], lora: bool, dtype: torch.dtype) -> None:
+    """Raise ValueError for a subnetwork that is not there, or settings that would move what is outside of it."""
+    if path is None:
+        return
+    if lora:
+        raise ValueError("model.subnetwork is for the weights themselves; leave it or lora out")
+    if not Path(path).expanduser().is_file():
+        raise ValueError(
+            f"model.subnetwork: there is no file {path}; make one: python -m rlvr_lightning subnetwork --help"
+        )
+    check_freezes(make, dtype)
 
 
 def sharing(trainer: Trainer) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlvr_lightning.checkpoint.start import Start, base_digest, box, by_rows, first_names
+from rlvr_lightning.checkpoint.start import Start, base_digest, by_rows, first_names
 from rlvr_lightning.checkpoint.state import DELTA, Reader
 from rlvr_lightning.checkpoint.stored import Source, sharded_as
 from rlvr_lightning.delta.file import signed
-from rlvr_lightning.delta.tensor import describe, first_entry, flat_bits, local, whole
+from rlvr_lightning.delta.tensor import box, describe, first_entry, flat_bits, local, whole
 from rlvr_lightning.heap import give_back
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.reference import Reference

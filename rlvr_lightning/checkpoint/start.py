@@ -21,8 +21,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rlvr_lightning.delta.digest import combine, tensor_digest, ties
 from rlvr_lightning.delta.tensor import flat_bits, local, whole
@@ -163,15 +161,6 @@ class TensorFile:
 def by_rows(tensor: Tensor) -> bool:
     """Whether every rank's part of a tensor is a run of its entries."""
     return all(getattr(placement, "dim", 0) == 0 for placement in getattr(tensor, "placements", ()))
-
-
-def box(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part, a view, of a tensor that is sharded as `like`, however that is."""
-    if isinstance(like, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-        for dim, (first, entries) in enumerate(zip(offset, shape, strict=True)):
-            tensor = tensor.narrow(dim, min(first, tensor.shape[dim]), entries)
-    return tensor
 
 
 def check_rows(name: str, tensor: Tensor) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from rlvr_lightning.checkpoint.codec import pack, unpack
 from rlvr_lightning.checkpoint.file import Container
 from rlvr_lightning.checkpoint.folder import agree, damaged, read_manifest
-from rlvr_lightning.checkpoint.start import box, by_rows
+from rlvr_lightning.checkpoint.start import by_rows
 from rlvr_lightning.delta.codec import SEGMENT, decode, encode
 from rlvr_lightning.delta.file import signed
-from rlvr_lightning.delta.tensor import first_entry, flat_bits, local
+from rlvr_lightning.delta.tensor import box, first_entry, flat_bits, local
 from rlvr_lightning.ranks import ALONE, Ranks
 
 DELTA, WHOLE = "delta", "whole"

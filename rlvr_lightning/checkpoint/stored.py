@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlvr_lightning.checkpoint.start import box, first_names
+from rlvr_lightning.checkpoint.start import first_names
 from rlvr_lightning.checkpoint.state import WHOLE, Spec
-from rlvr_lightning.delta.tensor import local, whole
+from rlvr_lightning.delta.tensor import box, local, whole
 from rlvr_lightning.heap import give_back
 
 

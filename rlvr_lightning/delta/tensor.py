@@ -40,11 +40,24 @@ def first_entry(tensor: Tensor) -> int:
     """
     if not hasattr(tensor, "placements"):
         return 0
+    _, offset = _place(tensor)
+    return sum(at * math.prod(tensor.shape[dim + 1 :]) for dim, at in enumerate(offset))
+
+
+def box(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part, a view, of a tensor that is sharded as `like`, however that is."""
+    if hasattr(like, "placements"):
+        shape, offset = _place(like)
+        for dim, (first, entries) in enumerate(zip(offset, shape, strict=True)):
+            tensor = tensor.narrow(dim, min(first, tensor.shape[dim]), entries)
+    return tensor
+
+
+def _place(dtensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this rank's shard, and where it begins in each dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    dtensor: Any = tensor
-    _, offset = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
-    return sum(at * math.prod(dtensor.shape[dim + 1 :]) for dim, at in enumerate(offset))
+    return compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
 
 
 def bits(tensor: Tensor) -> Tensor:
