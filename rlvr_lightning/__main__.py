@@ -12,13 +12,20 @@ COMMANDS = {
     "validate": ("rlvr_lightning.cli", "measure a model (or --ckpt_path) on the held-out problems of a config"),
     "test": ("rlvr_lightning.cli", "the same on its test problems"),
     "compare": ("rlvr_lightning.compare", "whether a model answers better than another, or by chance: RUN_A RUN_B"),
-    "sweep": ("rlvr_lightning.sweep", "run a config over learning rates, seeds or any other setting; keeps records"),
+    "sweep": (
+        "rlvr_lightning.study.sweep",
+        "run a config over learning rates, seeds or any other setting; keeps records",
+    ),
     "profile": (
         "rlvr_lightning.profiling.command",
         "how much memory a run will take: a table, --config NAME or --model NAME",
     ),
     "reward": ("rlvr_lightning.reward_command", "what a config's rewards give for a file of completions, and why"),
-    "plots": ("rlvr_lightning.plots", "curves and tables from a sweep's records"),
+    "samples": (
+        "rlvr_lightning.samples",
+        "a config's policy answers its problems: pairs, labels or demonstrations: --out FILE.jsonl --kind pairs",
+    ),
+    "plots": ("rlvr_lightning.study.plots", "curves and tables from a sweep's records"),
     "report": (
         "rlvr_lightning.report.command",
         "what runs did, on one page or as Markdown: RUN [RUN...] --out report.html",

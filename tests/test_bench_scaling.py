@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlvr_lightning.bench_tables import scaling_table, traffic_models_table, traffic_table
 from rlvr_lightning.heap import scratch
 from rlvr_lightning.profiling.allocations import AllocationCounter
 from rlvr_lightning.profiling.bench_scaling import WIDTH, closed_form, run, traffic_cases
 from rlvr_lightning.profiling.scaling_worker import simulate, unit_shapes
 from rlvr_lightning.profiling.sharding_counter import received_bytes
 from rlvr_lightning.profiling.traffic import Step, padded_entries
+from rlvr_lightning.study.bench_tables import scaling_table, traffic_models_table, traffic_table
 
 RECORD = Path(__file__).parent.parent / "results" / "bench_scaling.json"
 shapes = cache(unit_shapes)

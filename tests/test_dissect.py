@@ -11,8 +11,8 @@ from test_export import run as train
 from test_grpo import folder  # noqa: F401 (a fixture)
 
 from rlvr_lightning.__main__ import main
-from rlvr_lightning.change_tables import change_rows, fill_changes, overlap_rows
 from rlvr_lightning.optim import SGD
+from rlvr_lightning.study.change_tables import change_rows, fill_changes, overlap_rows
 
 LABELS = {"slow": 0.05, "fast": 0.5}
 

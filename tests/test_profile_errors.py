@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rlvr_lightning.bench_tables import errors_table
 from rlvr_lightning.profiling.errors import MODELS, MODES, TOLERATED, cell, run_of, tolerated
 from rlvr_lightning.profiling.find_model import find_model
 from rlvr_lightning.profiling.predict import predict
+from rlvr_lightning.study.bench_tables import errors_table
 
 RECORD: dict[str, Any] = json.loads((Path(__file__).parents[1] / "results" / "profile_errors.json").read_text())
 ROWS: list[dict[str, Any]] = RECORD["rows"]

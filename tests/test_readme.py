@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_lightning.bench_tables import bench_table, fill_bench
 from rlvr_lightning.configuration import packaged_configs
-from rlvr_lightning.plots import main as plots
+from rlvr_lightning.study.bench_tables import bench_table, fill_bench
+from rlvr_lightning.study.plots import main as plots
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

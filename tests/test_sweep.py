@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_lightning import plots, sweep
-from rlvr_lightning.rates import Line, Point
-from rlvr_lightning.records import best_cells, cells, curves, load_records, summaries
-from rlvr_lightning.sweep import Run, Sweep, read_sweep
-from rlvr_lightning.tables import fill_blocks, rows
+from rlvr_lightning.study import plots, sweep
+from rlvr_lightning.study.rates import Line, Point
+from rlvr_lightning.study.records import best_cells, cells, curves, load_records, summaries
+from rlvr_lightning.study.sweep import Run, Sweep, read_sweep
+from rlvr_lightning.study.tables import fill_blocks, rows
 
 LR = "model.init_args.optimizer.init_args.lr"
 

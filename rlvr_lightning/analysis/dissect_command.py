@@ -25,8 +25,8 @@ from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.overlap import summarise
 from rlvr_lightning.analysis.weights import Weights
 from rlvr_lightning.callbacks.run_files import write_json
-from rlvr_lightning.change_tables import change_rows, overlap_rows
-from rlvr_lightning.records import load_records
+from rlvr_lightning.study.change_tables import change_rows, overlap_rows
+from rlvr_lightning.study.records import load_records
 
 Record = dict[str, Any]
 

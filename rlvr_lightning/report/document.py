@@ -15,7 +15,7 @@ from rlvr_lightning.report.reading import Run, fraction, merged, notes
 from rlvr_lightning.report.settings import differences
 from rlvr_lightning.report.text import harmless
 from rlvr_lightning.report.why_table import WHY, why_table
-from rlvr_lightning.tables import gib, number
+from rlvr_lightning.study.tables import gib, number
 
 SHOWN = 4
 """Completions of a step."""

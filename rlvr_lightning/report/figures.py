@@ -11,11 +11,11 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.subplots import make_subplots
 
-from rlvr_lightning.plots import COLORS
-from rlvr_lightning.records import Curve
 from rlvr_lightning.report.document import charted, definitions
 from rlvr_lightning.report.memory import OWNERS, comparable, predicted
 from rlvr_lightning.report.reading import Run, fraction
+from rlvr_lightning.study.plots import COLORS
+from rlvr_lightning.study.records import Curve
 
 SEEN = (*COLORS[:-1], "#8a8a8a")
 """Okabe and Ito's palette, with grey for black, which nobody sees on a dark page."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlvr_lightning.records import Cell, Curve
 from rlvr_lightning.report.reading import FILES, Run, is_run, read_run
+from rlvr_lightning.study.records import Cell, Curve
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

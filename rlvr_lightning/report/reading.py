@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlvr_lightning.records import Curve, measured_rows
+from rlvr_lightning.study.records import Curve, measured_rows
 
 FILES = ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl")
 """What `fit` writes into a run's folder, and this reads."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from plotly import graph_objects as go
 
-from rlvr_lightning.records import Curve
 from rlvr_lightning.report.figures import (
     COLUMNS,
     STEPS,
@@ -24,6 +23,7 @@ from rlvr_lightning.report.figures import (
 )
 from rlvr_lightning.report.reading import Run
 from rlvr_lightning.report.why_table import value
+from rlvr_lightning.study.records import Curve
 
 OVER = {
     "absorbed updates": ("update", "absorbed_frac"),

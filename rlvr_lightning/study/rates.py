@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from rlvr_lightning.records import Cell
+from rlvr_lightning.study.records import Cell
 
 KEPT = 0.9
 LOWER_IS_BETTER = ("nll", "loss")

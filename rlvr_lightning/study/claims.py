@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, NamedTuple
 
-from rlvr_lightning.claim_numbers import changed, difference, final, percent, records, shared, shown, signed
-from rlvr_lightning.rates import lines
-from rlvr_lightning.records import cells
-from rlvr_lightning.tables import markdown
+from rlvr_lightning.study.claim_numbers import changed, difference, final, percent, records, shared, shown, signed
+from rlvr_lightning.study.rates import lines
+from rlvr_lightning.study.records import cells
+from rlvr_lightning.study.tables import markdown
 
 BLOCK = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 PASS, TEST = "val/arithmetic/pass@1", "val/test/pass@1"

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlvr_lightning.tables import gib, markdown
+from rlvr_lightning.study.tables import gib, markdown
 
 BLOCK = re.compile(r"(<!-- bench(?P<what>[ \w]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADING = ["measured", "here", "peer", "ratio", "command"]

@@ -49,8 +49,8 @@ from pathlib import Path
 from typing import Any
 
 from rlvr_lightning.configuration import find_config
-from rlvr_lightning.rates import lines, parse_rates
-from rlvr_lightning.records import cells, curves, load_records, summaries
+from rlvr_lightning.study.rates import lines, parse_rates
+from rlvr_lightning.study.records import cells, curves, load_records, summaries
 
 SEED = "seed_everything"
 INTERRUPTED = (130, 143, -2, -15)
@@ -327,7 +327,7 @@ def lr_sweep(options: argparse.Namespace, settings: Sequence[str]) -> Sweep:
 
 def tell(sweep: Sweep) -> None:
     """Table, advice on rates and figures of all records there are."""
-    from rlvr_lightning.tables import print_table
+    from rlvr_lightning.study.tables import print_table
 
     records = list(load_records(sweep.folder).values())
     print_table(records, sweep.metrics[:3])
@@ -336,7 +336,7 @@ def tell(sweep: Sweep) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures: matplotlib is missing (pip install 'rlvr-lightning[plot]')")
     elif any(record["status"] == "ok" for record in records):
-        from rlvr_lightning.plots import draw
+        from rlvr_lightning.study.plots import draw
 
         print("drawn:", *draw(sweep.folder, []))
 

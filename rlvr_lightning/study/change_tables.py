@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rlvr_lightning.records import Cell, cells
-from rlvr_lightning.tables import markdown
+from rlvr_lightning.study.records import Cell, cells
+from rlvr_lightning.study.tables import markdown
 
 BLOCK = re.compile(r"(<!-- (?P<what>changes|overlaps):(?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 Record = dict[str, Any]

@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rlvr_lightning.bench_tables import fill_bench
-from rlvr_lightning.change_tables import fill_changes
-from rlvr_lightning.claims import fill_claims
-from rlvr_lightning.rates import lines, swept
-from rlvr_lightning.records import Cell, best_cells, cells, load_records
-from rlvr_lightning.tables import fill_blocks, markdown, metric_names, rows
+from rlvr_lightning.study.bench_tables import fill_bench
+from rlvr_lightning.study.change_tables import fill_changes
+from rlvr_lightning.study.claims import fill_claims
+from rlvr_lightning.study.rates import lines, swept
+from rlvr_lightning.study.records import Cell, best_cells, cells, load_records
+from rlvr_lightning.study.tables import fill_blocks, markdown, metric_names, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rlvr_lightning.records import Cell, best_cells, cells, load_records
+from rlvr_lightning.study.records import Cell, best_cells, cells, load_records
 
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w.-]+)(?P<options>[^>]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
