@@ -37,10 +37,15 @@ def main(argv: list[str]) -> int:
     Args:
         argv: the command (`fit`, `validate`, `test`) and its options.
     """
+    return run(argv)
+
+
+def run(argv: list[str], kind: type[RLVRCLI] | None = None) -> int:
+    """The same, by a CLI of one's own."""
     quieten()
     try:
         argv = resolve_config_arguments(argv)
-        cli_class(argv[0], "-".join(config_names(argv)) or "run")(argv)
+        cli_class(argv[0], "-".join(config_names(argv)) or "run", kind)(argv)
     except Exception as error:
         status = report(error)
         if status is None:
@@ -49,11 +54,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def cli_class(command: str, name: str) -> type[RLVRCLI]:
+def cli_class(command: str, name: str, kind: type[RLVRCLI] | None = None) -> type[RLVRCLI]:
     """The CLI for one command: parsers of the others are not built, which halves the start-up."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)  # interpolation across files and overrides
 
-    class OneCommand(RLVRCLI):
+    class OneCommand(kind or RLVRCLI):  # type: ignore[misc]
         run_name = name
 
         @staticmethod

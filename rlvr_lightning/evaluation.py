@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -39,6 +39,14 @@ Found = list[tuple[int, dict[str, Attempts]]]
 """Of numbered problems, what was tried in each mode."""
 
 
+class Drawn(NamedTuple):
+    """A completion and what is known of it."""
+
+    text: str
+    right: bool
+    truncated: bool
+
+
 class Evaluated(LightningModule):
     """What a module with an engine and a verifier measures of its data module's problems; the first reward verifies."""
 
@@ -55,6 +63,8 @@ class Evaluated(LightningModule):
         """Write what is found of each problem to the run's folder, and go on from what an earlier run found."""
         self.results: Results = {}
         """Of the last validation or test."""
+        self.draws = 8
+        """Completions of each problem in prediction."""
         self._split = "val"
         self._served = 0  # problems, of all ranks
         self._failed = 0  # completions, of this one
@@ -99,6 +109,18 @@ class Evaluated(LightningModule):
     def test_step(self, batch: list[Record], batch_idx: int) -> None:
         """As `validation_step`, on the test problems."""
         self._evaluate(batch)
+
+    def predict_step(self, batch: list[Record], batch_idx: int) -> list[list[Drawn]]:
+        """Answers to this rank's share of the problems, `draws` to each, and what the verifier says of them."""
+        share = batch[self.ranks.rank :: self.ranks.size]
+        prompts = [record["prompt_ids"] for record in share]
+        seeds = [derive_seed(self.seed, "samples", record["index"]) for record in share]
+        rollouts = self.engine.generate(prompts, self.draws, self.sampling, seeds)
+        scores = self.layout.tensor.first(self.scorer.verifier(rollouts, share, self.failures_file))
+        self._failed += scores.failed
+        samples = self.scorer.samples(rollouts, share)
+        drawn = [Drawn(s.text, mark >= 1, s.truncated) for s, mark in zip(samples, scores.total.tolist(), strict=True)]
+        return [drawn[at : at + self.draws] for at in range(0, len(drawn), self.draws)]
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/<benchmark>/greedy_pass@1` and the others."""
