@@ -112,6 +112,8 @@ def unknown_option(option: str, class_path: str) -> str:
     """Says which class does not know the option, and which options come near or exist."""
     module, _, name = class_path.rpartition(".")
     known = parameters_of(getattr(importlib.import_module(module), name))
+    if option.split(".")[0] in known:  # by a base class, and not from outside
+        return f"unknown option {option!r} of {name}; {name} sets it itself"
     near = difflib.get_close_matches(option.split(".")[0], known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
     return f"unknown option {option!r} of {name}; {hint}"

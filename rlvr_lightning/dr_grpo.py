@@ -6,9 +6,10 @@
 What differs from GRPO: no division by the group's standard deviation, which favours problems that are too easy or too
 hard; and no division by a completion's length, or by the tokens of the step, but by constants, so that long wrong
 completions are not let off lightly. A token weighs less than in GRPO: the rate has to be higher by about max_tokens /
-mean length, and by what the division by the standard deviation did.
+mean length, and by what the division by the standard deviation did, on the tiny run 10 times.
 
-Run it: ``python -m rlvr_lightning fit --config sgd.yaml --model rlvr_lightning.dr_grpo.DrGRPO``
+Run it, with ``--model.optimizer.lr 0.6``:
+``python -m rlvr_lightning fit --config sgd.yaml --model rlvr_lightning.dr_grpo.DrGRPO``
 """
 
 from __future__ import annotations

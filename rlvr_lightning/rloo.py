@@ -7,7 +7,10 @@ What differs from GRPO: the baseline leaves the completion itself out and nothin
 the KL term is part of the reward; a completion is one action, so its tokens' log-probs are summed and not averaged.
 With `batching.minibatches` or `passes` above 1 the tokens' ratios are clipped, as in PPO; the paper takes one step.
 
-Run it: ``python -m rlvr_lightning fit --config sgd.yaml --model rlvr_lightning.rloo.RLOO``
+Tokens weigh less than in GRPO, and advantages are not divided: the rate has to be higher, on the tiny run 10 times.
+
+Run it, with ``--model.optimizer.lr 0.6``:
+``python -m rlvr_lightning fit --config sgd.yaml --model rlvr_lightning.rloo.RLOO``
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def module(folder: str, **settings) -> GRPO:
+def module(folder: str, kind: type[GRPO] = GRPO, **settings) -> GRPO:
     defaults = {
         "model": folder,
         "rewards": {"digits": Digits()},
@@ -78,7 +78,7 @@ def module(folder: str, **settings) -> GRPO:
         "sampling": Sampling(max_tokens=9, temperature=0.8),
         "evaluation": Evaluation(samples=2),
     }
-    return GRPO(**defaults | settings)
+    return kind(**defaults | settings)
 
 
 def fit(model: GRPO, path: Path, steps: int = 3, prompts_per_step: int = 6, **trainer) -> Trainer:
