@@ -141,7 +141,7 @@ CASES: dict[str, dict] = {
         "objective": PPOObjective(kl_coef=0.1),
         "lam": 0.9,
         "value_lr": 1.0,
-        "batching": Batching(minibatches=3, micro_batch=4),
+        "batching": Batching(minibatches=2, passes=2, micro_batch=4),
     },
     "ppo released": {
         "algorithm": PPO,
