@@ -42,6 +42,10 @@ COMMANDS = {
         "rlvr_lightning.analysis.dissect_command",
         "all four of every run of a sweep, as records and tables: SWEEP --base BASE",
     ),
+    "subnetwork": (
+        "rlvr_lightning.analysis.subnetwork_command",
+        "masks of entries to train alone, and whether that is enough: changed, fisher, random, magnitude, info, check",
+    ),
     "curvature": (
         "rlvr_lightning.analysis.curvature_command",
         "the largest eigenvalues of the Hessian of a config's loss at the start",

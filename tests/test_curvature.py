@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlvr_lightning.analysis.curvature import Hessian, top_eigenvalues
-from rlvr_lightning.analysis.curvature_command import Known, main, watch_first_step
+from rlvr_lightning.analysis.curvature_command import main
+from rlvr_lightning.analysis.first_step import Known, watch_first_step
 from rlvr_lightning.policy import Policy
 from rlvr_lightning.schema import LossOutput
 
@@ -101,7 +102,7 @@ def test_a_step_that_is_too_large_shows_in_the_residual():
 def test_parts_of_a_step_add_up_and_the_step_is_not_made():
     x = nn.Parameter(torch.tensor([2.0, 3.0]))
     module, seen = nn.Module(), []
-    watch_first_step(module, lambda backward: seen.append(backward()))
+    watch_first_step(module, lambda step: seen.append(step.backward()))
     with pytest.raises(Known):
         module.take_step([1.0, 5.0], lambda part: LossOutput(loss=part * x.square().sum()))
     assert seen == [6 * 13.0]
