@@ -67,7 +67,26 @@ def first_step(arguments: Sequence[str], look: Callable[[FirstStep], None]) -> N
     Raises:
         ValueError: as `fit`; or the run has no such step.
     """
-    arguments = resolve_config_arguments(["fit", *arguments, *FIXED])
+    begin([*arguments, *FIXED], lambda module: watch_first_step(module, look))
+
+
+def check_settings(arguments: Sequence[str]) -> None:
+    """Raise ValueError, or leave with status 2, for settings that `fit` refuses before it loads anything."""
+
+    def known(module: Any) -> None:
+        raise Known
+
+    begin(arguments, known)
+
+
+def begin(arguments: Sequence[str], built: Callable[[PolicyModule], None]) -> None:
+    """Begin a fit in this process, and leave nothing behind.
+
+    Args:
+        arguments: of `fit`.
+        built: gets the module before its run; somewhere on the way `Known` is raised.
+    """
+    arguments = resolve_config_arguments(["fit", *arguments])
     parent: Any = cli_class("fit", "-".join(config_names(arguments)) or "run")
 
     class First(parent):
@@ -90,7 +109,7 @@ def first_step(arguments: Sequence[str], look: Callable[[FirstStep], None]) -> N
             """Instead of measuring the start."""
             if not isinstance(self.model, PolicyModule):
                 raise ValueError(f"this is for the algorithms of this package, got {type(self.model).__name__}")
-            watch_first_step(self.model, look)
+            built(self.model)
 
     with tempfile.TemporaryDirectory() as folder:
         try:

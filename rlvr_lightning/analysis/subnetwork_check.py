@@ -11,10 +11,12 @@ import torch
 import yaml
 
 from rlvr_lightning.analysis.command import percent, print_table
+from rlvr_lightning.analysis.first_step import check_settings
 from rlvr_lightning.analysis.masks import View, changed, matched
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.weights import Weights
 from rlvr_lightning.callbacks.run_files import write_json
+from rlvr_lightning.configuration import find_config
 from rlvr_lightning.delta.tensor import bits
 from rlvr_lightning.optim.subnetwork import Subnetwork
 from rlvr_lightning.study.records import curves, load_records
@@ -35,8 +37,11 @@ def check(config: str, settings: Mapping[str, str], out: Path, view: View, seed:
         seed: of both runs.
 
     Raises:
-        ValueError: a run failed, or changed nothing.
+        ValueError: the optimizer would move what is frozen, or a run failed.
     """
+    some_file = find_config(config)  # any will do: it is settings that are looked at
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    check_settings(["--config", config, *given, f"--model.subnetwork={some_file}"])
     full = _train("full", config, settings, out, seed)
     base_name = yaml.safe_load((full / "config.yaml").read_text())["model"]["init_args"]["model"]
     base, tuned = open_weights("BASE", base_name), open_weights("FULL", str(full))

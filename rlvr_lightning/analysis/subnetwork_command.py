@@ -23,7 +23,6 @@ from rlvr_lightning.analysis.opening import FORMS, open_weights
 from rlvr_lightning.callbacks.change_counts import layer_of, matrix_of
 from rlvr_lightning.cli import quieten
 from rlvr_lightning.config_errors import report
-from rlvr_lightning.configuration import find_config
 from rlvr_lightning.optim.subnetwork import Subnetwork, load_subnetwork
 
 VIEW = "bf16: differs once rounded to bfloat16 (the papers' checkpoints); stored: differs at all (default: bf16)"
@@ -100,7 +99,6 @@ def _check(options: argparse.Namespace, settings: Mapping[str, str]) -> None:
     from rlvr_lightning.analysis.subnetwork_check import check
     from rlvr_lightning.analysis.subnetwork_check import show as show_check
 
-    find_config(options.config)
     options.out.mkdir(parents=True, exist_ok=True)
     show_check(check(options.config, settings, options.out, options.view, options.seed))
     print(f"wrote {options.out / 'check.json'}", file=sys.stderr)
