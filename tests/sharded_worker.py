@@ -140,7 +140,7 @@ CASES: dict[str, dict] = {
         "algorithm": PPO,
         "objective": PPOObjective(kl_coef=0.1),
         "lam": 0.9,
-        "value_lr": 1.0,
+        "value_lr": 0.5,
         "batching": Batching(minibatches=2, passes=2, micro_batch=4),
     },
     "ppo released": {

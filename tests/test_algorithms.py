@@ -109,7 +109,7 @@ def test_takes_every_optimizer_and_precision(kind, mode: str, folder, tmp_path: 
     assert all(bool(p.isfinite().all()) for p in trainable.values())
     assert model.told["train/nonfinite_steps"] == [0.0, 0.0] and math.isfinite(model.told["train/loss"][1])
     if kind is PPO:
-        head = [name for name in trainable if "value_head.outer" in name]
+        head = [name for name in trainable if "value_head" in name]
         assert len(head) == 2 and not any(torch.equal(trainable[name], before[name]) for name in head)
 
 
@@ -238,7 +238,7 @@ def values_by_hand(model: PPO, seen) -> list[list[float]]:
 
 
 def test_ppo_estimates_advantages_of_tokens(folder, tmp_path: Path) -> None:  # noqa: F811
-    settings = {"objective": PPOObjective(kl_coef=0.2), "gamma": 0.9, "lam": 0.8, "value_lr": 5.0}
+    settings = {"objective": PPOObjective(kl_coef=0.2), "gamma": 0.9, "lam": 0.8, "value_lr": 0.9}
     model = module(recording(PPO), folder, **settings)
     fit(model, tmp_path, steps=3)
     frozen = module(
@@ -265,13 +265,12 @@ def test_ppo_estimates_advantages_of_tokens(folder, tmp_path: Path) -> None:  # 
 
 def test_the_value_head_reads_the_policy_and_does_not_shape_it(folder, tmp_path: Path) -> None:  # noqa: F811
     """Whatever the head's rate, the policy's first update is the same; and it is counted apart."""
-    quick, slow = (module(recording(PPO), folder, value_lr=lr, max_grad_norm=0.0) for lr in (3.0, 0.0))
+    quick, slow = (module(recording(PPO), folder, value_lr=lr, max_grad_norm=0.0) for lr in (0.9, 0.0))
     for model, name in ((quick, "a"), (slow, "b")):
         fit(model, tmp_path / name, steps=1)
     for (name, a), b in zip(quick.policy.model.named_parameters(), slow.policy.model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    entries = 16 * 16 + 16 + 16 + 1  # hidden size 16
-    assert quick.told["memory/critic_bytes"] == [4 * entries]
+    assert quick.told["memory/critic_bytes"] == [4 * (16 + 1)], "hidden size 16, float32"
 
 
 @pytest.mark.parametrize("kind", [PPO, ReinforcePP, PRIME])
@@ -288,7 +287,7 @@ def test_micro_batches_change_no_update(kind, folder, tmp_path: Path) -> None:  
 
 def test_ppo_takes_minibatches_and_passes(folder, tmp_path: Path) -> None:  # noqa: F811
     batching = Batching(micro_batch=4, minibatches=3, passes=2)
-    model = module(recording(PPO), folder, batching=batching, value_lr=20.0, group_size=2)
+    model = module(recording(PPO), folder, batching=batching, value_lr=0.9, group_size=2)
     trainer = fit(model, tmp_path, steps=12)
     assert (trainer.global_step, model.rollout_step) == (12, 2)
     assert max(model.told["value/clip_frac"]) > 0, "a value may not move further than value_clip in one batch"

@@ -158,3 +158,16 @@ def test_a_clipped_token_keeps_its_gradient_under_cispo_alone() -> None:
         out = policy_loss(policy, *args, Counts(tokens=1, completions=1, max_tokens=1))
         out.loss.backward()
         assert float(policy.grad) == pytest.approx(gradient) and int(out.metrics["clipped"]) == 1
+
+
+def test_the_weight_of_a_token_is_no_part_of_its_gradient() -> None:
+    """Ratio 1.1, not clipped, A = 2, log p = -3: d/dlogp of -1.1 * 2 * log p is -2.2; of -ratio * 2 * log p, 4.4."""
+    policy = torch.full((1, 1), -3.0, requires_grad=True)
+    args = (
+        policy.detach() - math.log(1.1),
+        torch.tensor([2.0]),
+        torch.ones(1, 1).bool(),
+        Objective(surrogate="weight"),
+    )
+    policy_loss(policy, *args, Counts(tokens=1, completions=1, max_tokens=1)).loss.backward()
+    assert float(policy.grad) == pytest.approx(-2.2)

@@ -60,7 +60,7 @@ def compare(models: str, out: Path, name: str, processes: int) -> dict[str, floa
     for key, a in one["weights"].items():
         b, at_start = many["weights"][key], start.get(key.removeprefix("prm.").removeprefix("model."), torch.zeros(()))
         off += float((a.double() - b.double()).square().sum())
-        if not key.startswith("value_head"):  # which starts from numbers of its own
+        if not key.startswith("value_head"):  # which moves much further
             moved += float((a.double() - at_start.to(a.dtype).double()).square().sum())
         differing += int((a != b).sum())
     seen = [[x for x in found.get("seen", []) if x[0] == step] for found in (one, many) for step in range(20)]
