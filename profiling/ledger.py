@@ -21,6 +21,8 @@ class Held:
     optimizer_workspace: int = 0
     """Temporaries of the optimizer step."""
     reference: int = 0
+    subnetwork: int = 0
+    """A mask of the entries that are trained."""
     gathered: int = 0
     """Weights of other processes, and the buffers that they arrive in."""
     reducing: int = 0

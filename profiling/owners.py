@@ -106,6 +106,8 @@ class Owners:
         if module.reference is not None:
             for kept in module.reference._kept.values():
                 self.counter.own("reference", [kept] if isinstance(kept, Tensor) else [kept.indices, kept.values])
+        if module.frozen is not None:
+            self.counter.own("subnetwork", module.frozen.bits.values())
         for optimizer in module.trainer.optimizers if module._trainer else []:
             for state in optimizer.state.values():
                 self.counter.own("optimizer_state", [v for v in state.values() if isinstance(v, Tensor)])

@@ -66,12 +66,13 @@ def predict(config: Mapping[str, Any], run: Run) -> Ledger:
         weights=fixed.weights,
         optimizer_state=0 if run.low_on_host else sum(fixed.state.values()),
         reference=fixed.reference,
+        subnetwork=fixed.subnetwork,
         overhead=CUDA_OVERHEAD if run.device == "cuda" else 0,
     )
     if run.device == "cpu" and run.optimizer in RELEASING:  # kept from step to step
         always = replace(always, optimizer_workspace=fixed.workspace)
     if run.cpu_offload:  # shards, their gradients and the optimizer's state are in host memory
-        always = replace(always, weights=0, optimizer_state=0, reference=0)
+        always = replace(always, weights=0, optimizer_state=0, reference=0, subnetwork=0)
         fixed = replace(fixed, gradients=0, workspace=0)
     before = [*_rollout(always, fixed, w, run), *_reference(always, fixed, config, run)]
     return Ledger([*before, *_training(always, fixed, one, run)])

@@ -155,6 +155,7 @@ def run_of(
         **_precision(model, trainer, device),
         **_releasing(model),
         lora_rank=_number(lora, "rank", 1, "model.lora.") if model.get("lora") is not None else 0,
+        subnetwork=model.get("subnetwork") is not None,
         activation_checkpointing=bool(model.get("activation_checkpointing")),
         micro_batch=min(_number(batching, "micro_batch", 32, "model.batching."), step),
         rollout_batch=_number(batching, "rollout_batch", 256, "model.batching."),

@@ -30,6 +30,8 @@ class Run:
     """Share of entries in which a delta reference differs from the start; above 0.2, or in fp32, it is a copy."""
     lora_rank: int = 0
     """Of adapters of all linear layers; 0 trains the weights themselves."""
+    subnetwork: bool = False
+    """Only the entries of a mask are trained, which takes a bit for each of all."""
     activation_checkpointing: bool = False
     micro_batch: int = 32
     step_completions: int | None = None

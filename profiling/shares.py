@@ -91,6 +91,7 @@ class Sizes:
     state: Mapping[str, int]
     workspace: int
     reference: int
+    subnetwork: int
     copies: int
     """Of weights in the dtype of the arithmetic: whole ones in training."""
     cast: int
@@ -134,6 +135,7 @@ def sizes(config: Mapping[str, Any], run: Run) -> Sizes:
         state=state,
         workspace=RULES[run.optimizer].workspace(gradients // own, each[0] // own, own, foreach),
         reference=_reference(run, gradients),
+        subnetwork=sum(-(-s.entries // 8) for s in frozen) if run.subnetwork else 0,
         copies=_compute_copies(found, run),
         cast=_cast_block(found, run),
         rest=_rest(frozen),

@@ -82,6 +82,8 @@ class Shares:
     optimizer: int
     reference: int
     """At the start."""
+    subnetwork: int
+    """Of a mask."""
     layers: tuple[int, ...]
     """Of each decoder layer, gathered, in the dtype of the arithmetic; empty where nothing is sharded."""
     rest: int
@@ -112,6 +114,7 @@ def count(module: GRPO, policy: Policy, trainer: Trainer, compute: torch.dtype) 
         gradients=held(trained),
         optimizer=optimizer_bytes(module, trained),
         reference=reference_bytes(module, trained),
+        subnetwork=sum(-(-local(p).numel() // 8) for p in trained) if module.subnetwork else 0,
         layers=layers,
         rest=rest,
         largest_gradients=gradients,
@@ -196,6 +199,7 @@ def table(shares: Shares, module: GRPO, trainer: Trainer) -> str:
         ("optimizer state", shares.optimizer, ""),
         ("reference", shares.reference, reference_note(shares, module)),
     ]
+    rows += [("subnetwork", shares.subnetwork, "a mask, one bit an entry")] if shares.subnetwork else []
     always = sum(size for _, size, _ in rows)
     training, sampling = shares.autocast, 0
     if shares.layers:

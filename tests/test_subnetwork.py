@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_grpo import fit, folder, module, weights  # noqa: F401 (a fixture)
 from torch import nn
 
+from rlvr_lightning.configuration import find_config
 from rlvr_lightning.delta import SparseDelta
 from rlvr_lightning.delta.file import save_delta
 from rlvr_lightning.optim import SGD, GradientRelease
@@ -31,6 +33,10 @@ from rlvr_lightning.optim.subnetwork import (
     unpack,
 )
 from rlvr_lightning.policy import LoRA
+from rlvr_lightning.profiling.owners import Owners
+from rlvr_lightning.profiling.predict import predict
+from rlvr_lightning.profiling.run_config import read_config, run_of
+from rlvr_lightning.profiling.settings import Run
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 MOMENTUM = partial(torch.optim.SGD, lr=0.5, momentum=0.9)
@@ -231,8 +237,17 @@ def test_bad_masks_are_one_line_before_training(folder, shapes, mask, tmp_path):
     refused("is no delta file", tmp_path / "other.safetensors")
 
 
-def test_ledger_hears_of_the_bytes(folder, shapes, mask, tmp_path):  # noqa: F811
-    trainer = fit(module(folder, subnetwork=mask), tmp_path, steps=1)
+def test_the_bytes_of_a_mask_are_logged_counted_and_predicted(folder, shapes, mask, tmp_path):  # noqa: F811
+    model = module(folder, subnetwork=mask)
+    trainer = fit(model, tmp_path, steps=1)
     expected = sum(-(-torch.Size(shape).numel() // 8) for shape in shapes.values())
     assert float(trainer.callback_metrics["memory/subnetwork_bytes"]) == expected
-    assert isinstance(trainer.lightning_module.frozen, Frozen)
+    owners = Owners()
+    with owners.watching(model):
+        pass
+    assert owners.peaks[""]["subnetwork"] == expected
+    config = json.loads((Path(folder) / "config.json").read_text())
+    with_mask, without = (predict(config, Run(subnetwork=given)).peak.held for given in (True, False))
+    assert (with_mask.subnetwork, with_mask.total - without.total) == (expected, expected)
+    config = read_config(find_config("sgd.yaml"), ["--model.subnetwork", mask])
+    assert run_of(config)[0].subnetwork
