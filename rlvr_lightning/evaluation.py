@@ -156,8 +156,8 @@ class Evaluated(LightningModule):
 
     def _begin(self, split: str, loader: Any) -> None:
         self._split, self._served, self._failed, self._found, self._votes, self._file = split, 0, 0, {}, {}, None
-        self._check(getattr(loader, "records", []))
-        if not self.keeps_problems:
+        problems = self._check(getattr(loader, "records", []))
+        if not self.keeps_problems or not problems:
             return
         self._file = ProblemFile(self.run_folder / f"problems_{split}.jsonl", self.evaluation_settings())
         if self.trainer.is_global_zero:
@@ -166,12 +166,13 @@ class Evaluated(LightningModule):
             print(self._file.told, flush=True) if bar is None else bar.print(self._file.told)
         self._file.rows = self.layout.tensor.first(self.ranks.first(self._file.rows))
 
-    def _check(self, records: Sequence[Record]) -> None:
-        """Raise ValueError for a benchmark whose problems the verifier cannot judge."""
+    def _check(self, records: Sequence[Record]) -> int:
+        """How many problems there are; ValueError for a benchmark whose problems the verifier cannot judge."""
         for name in dict.fromkeys(record["benchmark"] for record in records):
             first = next(record for record in records if record["benchmark"] == name)
             if error := self.scorer.why_not_judged(first):
                 raise ValueError(f"data.{self._split}.{name}: its problems cannot be judged: {error}")
+        return len(records)
 
     def evaluation_settings(self) -> dict[str, Any]:
         """All that decides what is found of a problem, code apart; by name, for JSON. All ranks must ask together."""

@@ -96,6 +96,7 @@ class Offline(Evaluated, PolicyModule):
         self.scorer = Scorer(tokenizer=self.tokenizer, rewards=rewards or {}, weights={}, stop=stop or [])
         self.micro_batch, self.sampling, self.evaluation = micro_batch, sampling, evaluation
         self._held_out: dict[str, dict[str, float]] = {}  # sums over this rank's texts, by benchmark
+        self._found_of_texts: dict[str, float] = {}
 
     # ---- what a subclass says ----
 
@@ -207,14 +208,14 @@ class Offline(Evaluated, PolicyModule):
 
     # ---- validation ----
 
-    def _check(self, records: Sequence[Record]) -> None:
+    def _check(self, records: Sequence[Record]) -> int:
         problems = [record for record in records if self.field not in record]
         if problems and not self.scorer.rewards:
             raise ValueError(
                 f"data.{self._split}.{problems[0]['benchmark']}: its records have no {self.field!r}, and to be "
                 "answered as problems they need model.rewards"
             )
-        super()._check(problems)
+        return super()._check(problems)
 
     def _begin(self, split: str, loader: Any) -> None:
         self._held_out = {}
@@ -237,9 +238,17 @@ class Offline(Evaluated, PolicyModule):
     def on_validation_epoch_end(self) -> None:
         """Log `val/<benchmark>/...` of held-out texts, and of problems as GRPO does."""
         super().on_validation_epoch_end()
+        self._found_of_texts = {}
         for name, sums in self._held_out.items():
             for what, value in self._means(dict(zip(self._sums, self._over_ranks(sums), strict=True))).items():
+                self._found_of_texts[f"{self._split}/{name}/{what}"] = value
                 self.log(f"{self._split}/{name}/{what}", value, prog_bar=what in self.shown)
+
+    def report(self) -> str:
+        """What was found, for people; on the first rank."""
+        width = max(map(len, self._found_of_texts), default=0)
+        lines = [f"{name:<{width}}  {value:.3f}" for name, value in self._found_of_texts.items()]
+        return "\n".join([*lines, super().report()] if self.results else lines)
 
 
 def ids_of(record: Mapping[str, Any], field: str, tokenizer: Any) -> list[int]:

@@ -19,6 +19,7 @@ FLOORS = [
     {
         "advantage",
         "losses",
+        "preference_losses",
         "value_head",
         "logprobs",
         "packing",
@@ -72,6 +73,7 @@ PURE = [
     "schema",
     "advantage",
     "losses",
+    "preference_losses",
     "preference_losses",
     "logprobs",
     "packing",

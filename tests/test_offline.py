@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from test_grpo import folder, weights  # noqa: F401 (a fixture)
 
+from rlvr_lightning.__main__ import main
 from rlvr_lightning.data.prompts import ListedPrompts, PromptData
 from rlvr_lightning.data.texts import Demonstrations, Labels, Pairs
 from rlvr_lightning.dpo import DPO
@@ -272,3 +273,44 @@ def test_files_that_hold_no_texts(kind, row: dict, message: str, tmp_path: Path)
         kind(write(tmp_path / "a.jsonl", row))
     with pytest.raises(ValueError, match="columns: there is no field 'promt'; the fields are prompt"):
         kind("a.jsonl", columns={"promt": "q"})
+
+
+# ---- commands ----
+
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "file", "measure"),
+    [
+        ("dpo", "pairs", "pairs", "rewards/accuracy"),
+        pytest.param("simpo", "pairs", "pairs", "rewards/accuracy", marks=pytest.mark.slow),
+        pytest.param("orpo", "pairs", "pairs", "nll", marks=pytest.mark.slow),
+        ("kto", "labels", "labels", "rewards/kl"),
+        ("rft", "correct", "correct", "nll"),
+    ],
+)
+def test_two_commands_make_texts_and_learn_from_them(
+    config: str, kind: str, file: str, measure: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["samples", "--config=sgd.yaml", f"--out={file}.jsonl", f"--kind={kind}", "--num=60", *QUIET]) == 0
+    short = [f"--config={config}.yaml", "--data.prompts_per_step=5", "--data.val.arithmetic.num=8", *QUIET]
+    assert main(["fit", *short, "--trainer.max_steps=2", "--trainer.val_check_interval=2"]) == 0
+    out = capsys.readouterr().out
+    for name in (f"val/{file}/{measure}", "val/arithmetic/pass@1"):
+        assert f"{name} " in out
+    last = f"runs/{config}/version_0/checkpoints/last.ckpt"
+    assert main(["validate", *short, f"--ckpt_path={last}"]) == 0
+    told = capsys.readouterr().out
+    assert f"val/{file}/{measure} " in told and "pass@1" in told
+
+
+def test_texts_alone_are_validated_without_a_verifier(folder: str, tmp_path: Path) -> None:  # noqa: F811
+    data = PromptData(str(TINY), train=texts("dpo"), val={"held": texts("dpo")}, prompts_per_step=7)
+    module = make("dpo", folder)
+    module.keeps_problems = True
+    runner = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", default_root_dir=tmp_path)
+    runner.validate(module, data, verbose=False)
+    assert "val/held/rewards/accuracy  0.500" in module.report()
