@@ -117,6 +117,28 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.{digits}f}"
 
 
+def hand_over(
+    record: dict[str, Any],
+    options: argparse.Namespace,
+    show: Callable[[], None],
+    draw: Callable[[], None] = lambda: None,
+) -> None:
+    """What was found, as it was asked for: `--json`, the tables unless the numbers go to the console, `--plot`.
+
+    Args:
+        record: all numbers.
+        options: of the command.
+        show: prints the tables.
+        draw: the picture.
+    """
+    if options.json:
+        write_json(record, options.json)
+    if options.json != "-":
+        show()
+    if getattr(options, "plot", None):
+        draw()
+
+
 def write_json(record: dict[str, Any], where: str) -> None:
     """To a file, or to the standard output for `-`."""
     text = json.dumps(record, indent=1)

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlvr_lightning.analysis.command import print_table, write_json
+from rlvr_lightning.analysis.command import hand_over, print_table
 from rlvr_lightning.analysis.curvature import STEP, Hessian, top_eigenvalues
 from rlvr_lightning.analysis.first_step import FirstStep, first_step
 from rlvr_lightning.cli import quieten
@@ -79,8 +79,5 @@ def main(argv: list[str]) -> int:
             raise
         return status
     record = {"config": options.config, "settings": settings, **records[0]}
-    if options.json:
-        write_json(record, options.json)
-    if options.json != "-":
-        show(record)
+    hand_over(record, options, lambda: show(record))
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rlvr_lightning.analysis.command import about, parser, percent, print_about, print_table, run, write_json
+from rlvr_lightning.analysis.command import about, hand_over, parser, percent, print_about, print_table, run
 from rlvr_lightning.analysis.groups import groupings
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
@@ -82,12 +82,7 @@ def _work(options: argparse.Namespace) -> None:
     for grouping, groups in groupings(counts).items():
         record[grouping] = {group: summarise([counts[name] for name in names]) for group, names in groups.items()}
     record["by_tensor"] = {name: one._asdict() for name, one in counts.items()}
-    if options.json:
-        write_json(record, options.json)
-    if options.json != "-":
-        show(record)
-    if options.plot:
-        draw(record, options)
+    hand_over(record, options, lambda: show(record), lambda: draw(record, options))
 
 
 def draw(record: dict[str, Any], options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rlvr_lightning.analysis.command import about, parser, print_about, print_table, run, write_json
+from rlvr_lightning.analysis.command import about, hand_over, parser, print_about, print_table, run
 from rlvr_lightning.analysis.groups import by_group, cells, matrices
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
@@ -104,12 +104,7 @@ def _work(options: argparse.Namespace) -> None:
     unchanged = sum(len(spec.shape) > 1 and name not in changed for name, spec in compared.tensors.items())
     record = about(compared) | {"unchanged_tensors": unchanged, "seed": SEED}
     record["by_tensor"] = {name: as_record(one) for name, one in found.items()}
-    if options.json:
-        write_json(record, options.json)
-    if options.json != "-":
-        show(record, found)
-    if options.plot:
-        draw(found, options)
+    hand_over(record, options, lambda: show(record, found), lambda: draw(found, options))
 
 
 def draw(found: dict[str, Ranks], options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from rlvr_lightning.analysis.command import about, parser, percent, print_about, print_table, run, write_json
+from rlvr_lightning.analysis.command import about, hand_over, parser, percent, print_about, print_table, run
 from rlvr_lightning.analysis.groups import cells, groupings
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
@@ -93,12 +93,7 @@ def _work(options: argparse.Namespace) -> None:
     with tqdm(total=found.entries, unit=" entries", unit_scale=True, desc="sparsity", disable=None, leave=False) as bar:
         tallies = compare(found, bar.update)
     record = about(found) | summarise(tallies)
-    if options.json:
-        write_json(record, options.json)
-    if options.json != "-":
-        show(record)
-    if options.plot:
-        draw(record, tallies, options)
+    hand_over(record, options, lambda: show(record), lambda: draw(record, tallies, options))
 
 
 def draw(record: dict[str, Any], tallies: dict[str, Tally], options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-from rlvr_lightning.analysis.command import about, parser, percent, print_about, print_table, run, write_json
+from rlvr_lightning.analysis.command import about, hand_over, parser, percent, print_about, print_table, run
 from rlvr_lightning.analysis.groups import by_group, cells, matrices
 from rlvr_lightning.analysis.matching import Matched, match
 from rlvr_lightning.analysis.opening import open_weights
@@ -102,12 +102,7 @@ def _work(options: argparse.Namespace) -> None:
         for title, parts in groups.items()
     }
     record["by_tensor"] = {name: one._asdict() for name, one in found.items()}
-    if options.json:
-        write_json(record, options.json)
-    if options.json != "-":
-        show(record)
-    if options.plot:
-        draw(found, options)
+    hand_over(record, options, lambda: show(record), lambda: draw(found, options))
 
 
 def draw(found: dict[str, Shift], options: argparse.Namespace) -> None:
