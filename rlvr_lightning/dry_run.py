@@ -84,6 +84,8 @@ class Shares:
     """At the start."""
     subnetwork: int
     """Of a mask."""
+    beside: int
+    """Of models that are trained beside the policy, and of their optimizer state."""
     layers: tuple[int, ...]
     """Of each decoder layer, gathered, in the dtype of the arithmetic; empty where nothing is sharded."""
     rest: int
@@ -108,12 +110,14 @@ def count(module: GRPO, policy: Policy, trainer: Trainer, compute: torch.dtype) 
         units = [[p for p in unit if p.requires_grad] for unit in (*blocks, others)]
         gradients = max(gathered(unit, compute) + gathered(unit, strategy.reduce_dtype) for unit in units)
     trained = [p for p in policy.parameters() if p.requires_grad]
+    weights, optimizer = held(policy.parameters()), optimizer_bytes(module, trained)
     matrices = sum(2 * p.numel() for p in policy.parameters() if p.dim() > 1)
     return Shares(
-        weights=held(policy.parameters()),
+        weights=weights,
         gradients=held(trained),
-        optimizer=optimizer_bytes(module, trained),
-        reference=reference_bytes(module, trained),
+        optimizer=optimizer,
+        reference=reference_bytes(module, [p for p in policy.model.parameters() if p.requires_grad]),
+        beside=(module.models - 1) * (weights + optimizer),
         subnetwork=sum(-(-local(p).numel() // 8) for p in trained) if module.subnetwork else 0,
         layers=layers,
         rest=rest,
@@ -198,6 +202,7 @@ def table(shares: Shares, module: GRPO, trainer: Trainer) -> str:
         ("gradients", 0 if release else shares.gradients, "released as they are made" if release else ""),
         ("optimizer state", shares.optimizer, ""),
         ("reference", shares.reference, reference_note(shares, module)),
+        *([("reward model", shares.beside, "weights and optimizer state")] if shares.beside else []),
     ]
     rows += [("subnetwork", shares.subnetwork, "a mask, one bit an entry")] if shares.subnetwork else []
     always = sum(size for _, size, _ in rows)

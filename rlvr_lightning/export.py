@@ -26,6 +26,7 @@ from rlvr_lightning.checkpoint.file import metadata_of
 from rlvr_lightning.checkpoint.folder import MANIFEST, read_manifest
 from rlvr_lightning.checkpoint.io import is_ours, read, read_file
 from rlvr_lightning.checkpoint.restore import restore_
+from rlvr_lightning.checkpoint.stored import leave_out_beside
 from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.policy import LoRA, Policy, load_model, load_tokenizer
 
@@ -119,9 +120,7 @@ def restored(kept: Kept, model: str | None = None) -> tuple[Policy, str]:
     if "model" not in about:
         first = reader.specs[f"weights/{reader.weights[0]}"]
         about = about_run(kept.path) | {"dtype": str(first[1]).removeprefix("torch.")}
-    beside = tuple(about.get("beside") or ())
-    reader.weights = [name for name in reader.weights if not name.startswith(beside)]
-    reader.aliases = {name: first for name, first in reader.aliases.items() if not name.startswith(beside)}
+    leave_out_beside(reader, about)
     holder = build(about | ({"model": model} if model else {}), from_scratch=not about.get("base_digest"))
     restore_(holder, reader)
     return cast(Policy, holder.policy), model or about["model"]

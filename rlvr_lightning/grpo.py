@@ -85,6 +85,8 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
     """Completions of a prompt without which there is no baseline."""
     needs_reference = False
     """Whether there is a reference also without a KL term."""
+    models = 1
+    """Language models that are trained."""
 
     def __init__(  # noqa: PLR0913 (the YAML's `model:` block, flat on purpose)
         self,

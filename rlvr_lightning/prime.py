@@ -58,6 +58,7 @@ class PRIME(GRPO):
 
     beside = ("prm.",)
     needs_reference = True
+    models = 2
 
     def __init__(self, beta: float = 0.05, gamma: float = 1.0, prm_lr: float | None = None, **kwargs: Any) -> None:
         if beta <= 0 or not 0 <= gamma <= 1 or (prm_lr is not None and prm_lr < 0):

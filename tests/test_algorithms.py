@@ -370,6 +370,8 @@ def test_a_resumed_run_has_its_critic(kind, delta: bool, folder, tmp_path: Path,
         assert torch.equal(flat_bits(a), flat_bits(b[1])), name
     checkpoint, out = str(tmp_path / "whole" / "step=4.ckpt"), str(tmp_path / "out")
     assert main(["export", checkpoint, "--out", out]) == 0, capsys.readouterr().err
+    assert main(["sparsity", folder, checkpoint]) == 0, capsys.readouterr().err
+    assert "only there" not in capsys.readouterr().out, "the model alone is compared"
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(out).state_dict()

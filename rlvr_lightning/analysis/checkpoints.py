@@ -11,7 +11,7 @@ from rlvr_lightning.analysis.weights import Spec, Weights, digest, gather, split
 from rlvr_lightning.checkpoint.io import is_ours, read, read_file
 from rlvr_lightning.checkpoint.start import model_name
 from rlvr_lightning.checkpoint.state import DELTA, Reader
-from rlvr_lightning.checkpoint.stored import Source
+from rlvr_lightning.checkpoint.stored import Source, leave_out_beside
 from rlvr_lightning.delta.file import signed
 from rlvr_lightning.delta.tensor import flat_bits
 from rlvr_lightning.export import Kept
@@ -35,6 +35,7 @@ class CheckpointWeights:
         self.label = label
         checkpoint: dict[str, Any] = read(kept.path) if is_ours(kept.path) else read_file(kept.path)
         self.reader: Source = checkpoint["state_dict"].reader
+        leave_out_beside(self.reader, self.reader.about or checkpoint.get("about") or {})
         self.entries = {model_name(name): PREFIX + name for name in self.reader.weights}
         if any(".lora_" in name for name in self.entries):
             raise ValueError(

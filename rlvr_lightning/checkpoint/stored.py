@@ -39,6 +39,13 @@ class Source(Protocol):
         """The error to raise when something is not as it was written."""
 
 
+def leave_out_beside(source: Source, about: Mapping[str, Any]) -> None:
+    """From now on a source has the model's tensors alone, without what was trained beside it (see `about_model`)."""
+    beside = tuple(about.get("beside") or ())
+    source.weights = [name for name in source.weights if not name.startswith(beside)]
+    source.aliases = {name: first for name, first in source.aliases.items() if not name.startswith(beside)}
+
+
 class InMemory:
     """The tensors of a checkpoint that torch has read.
 
