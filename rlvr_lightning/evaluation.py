@@ -67,7 +67,8 @@ class Evaluated(LightningModule):
         """Completions of each problem in prediction."""
         self._split = "val"
         self._served = 0  # problems, of all ranks
-        self._failed = 0  # completions, of this one
+        self.failed = 0
+        """Completions of this rank on which the verifier failed, since the last evaluation began."""
         self._found: dict[str, Found] = {}  # of this rank, by benchmark
         self._votes: dict[str, bool] = {}  # by benchmark, whether its verifier names answers
         self._file: ProblemFile | None = None
@@ -117,7 +118,7 @@ class Evaluated(LightningModule):
         seeds = [derive_seed(self.seed, "samples", record["index"]) for record in share]
         rollouts = self.engine.generate(prompts, self.draws, self.sampling, seeds)
         scores = self.layout.tensor.first(self.scorer.verifier(rollouts, share, self.failures_file))
-        self._failed += scores.failed
+        self.failed += scores.failed
         samples = self.scorer.samples(rollouts, share)
         drawn = [Drawn(s.text, mark >= 1, s.truncated) for s, mark in zip(samples, scores.total.tolist(), strict=True)]
         return [drawn[at : at + self.draws] for at in range(0, len(drawn), self.draws)]
@@ -129,7 +130,7 @@ class Evaluated(LightningModule):
         for name, found in self.results.items():
             for what, estimate in found.items():
                 self.log(f"{self._split}/{name}/{what}", estimate.mean, prog_bar=(name, what) == (last, main))
-        if failed := sum(self.ranks.gather(self._failed)):
+        if failed := sum(self.ranks.gather(self.failed)):
             rank_zero_warn(
                 f"the verifier failed on {failed} completions, which count as wrong; see {self.failures_file}"
             )
@@ -155,7 +156,7 @@ class Evaluated(LightningModule):
         return f"interrupted: {kept}; the same command goes on from there"
 
     def _begin(self, split: str, loader: Any) -> None:
-        self._split, self._served, self._failed, self._found, self._votes, self._file = split, 0, 0, {}, {}, None
+        self._split, self._served, self.failed, self._found, self._votes, self._file = split, 0, 0, {}, {}, None
         problems = self._check(getattr(loader, "records", []))
         if not self.keeps_problems or not problems:
             return
@@ -219,7 +220,7 @@ class Evaluated(LightningModule):
             rollouts = self.engine.generate(prompts, num, sampling, seeds)
             scores = self.layout.tensor.first(verifier(rollouts, records, self.failures_file))
             texts = [s.text for s in verifier.samples(rollouts, records)] if self.evaluation.completions else []
-            self._failed += scores.failed
+            self.failed += scores.failed
             add_attempts(rows, mode, rollouts, scores, texts)
         for record, row in zip(records, rows, strict=True):
             if not verifier.names_answers(record):

@@ -49,8 +49,8 @@ class SamplesCLI(RLVRCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What `samples` adds."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--out", type=str, required=True, help="The JSONL file to write; must not exist.")
-        parser.add_argument("--kind", type=Kind, required=True, help="What to write.")
+        parser.add_argument("--out", type=str | None, default=None, help="The JSONL file to write; must not exist.")
+        parser.add_argument("--kind", type=Kind | None, default=None, help="What to write.")
         parser.add_argument("--n", type=int, default=8, help="Completions of each problem.")
         parser.add_argument("--num", type=int, default=None, help="Take the first so many problems; all by default.")
 
@@ -62,15 +62,18 @@ class SamplesCLI(RLVRCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Draw and write."""
-        out, kind = Path(self._get(self.config, "out")), self._get(self.config, "kind")
-        n, num = self._get(self.config, "n"), self._get(self.config, "num")
-        check(self.model, self.datamodule, out, kind, n, num)
+        out, kind, n, num = (self._get(self.config, name) for name in ("out", "kind", "n", "num"))
+        if out is None or kind is None:
+            raise ValueError("samples needs --out FILE.jsonl and --kind pairs, labels or correct")
+        check(self.model, self.datamodule, Path(out), kind, n, num)
         self.datamodule.setup("fit")
         records = self.datamodule.train_dataloader().records
         if num is not None and num > len(records):
             raise ValueError(f"--num: data.train has {len(records)} problems, fewer than {num}")
+        if error := self.model.scorer.verifier.why_not_judged(records[0]):
+            raise ValueError(f"data.train: its problems cannot be judged: {error}")
         self.model.draws = n
-        writer = Writer(out, kind)
+        writer = Writer(Path(out), kind)
         cast(Any, self.trainer).callbacks.append(writer)
         loader = PromptLoader(records[:num], self.datamodule.val_batch, seed=None)
         self.trainer.predict(self.model, loader, ckpt_path=kwargs.get("ckpt_path"), return_predictions=False)
@@ -125,6 +128,7 @@ class Writer(Callback):
         """Write what all ranks have drawn, in the order of the problems."""
         assert isinstance(pl_module, Evaluated)
         shares = pl_module.ranks.gather(outputs)
+        self.counts[FAILED] = sum(pl_module.ranks.gather(pl_module.failed))
         if self._file is None:
             return
         for number, record in enumerate(batch):
@@ -143,6 +147,7 @@ class Writer(Callback):
         self._file.close()
         told = ", ".join(f"{self.counts[why]} {why}" for why in WHY if self.counts[why])
         left_out = f"; left out: {told}" if told else ""
+        left_out += f"; taken to be wrong: {self.counts[FAILED]} {FAILED}" if self.counts[FAILED] else ""
         if not self.counts["lines"]:
             self.partial.unlink()
             raise ValueError(f"--out: there is nothing to write{left_out}")
@@ -154,6 +159,7 @@ class Writer(Callback):
 
 
 ALL_WRONG, ALL_RIGHT = "problems without a right completion", "problems without a wrong one"
+FAILED = "completions on which the verifier failed (see reward_failures.jsonl)"
 CUT, REPEATED, EMPTY, SPARE = "cut completions", "repeated ones", "empty ones", "ones without a counterpart"
 WHY = (ALL_WRONG, ALL_RIGHT, CUT, REPEATED, EMPTY, SPARE)
 

@@ -67,7 +67,8 @@ def test_every_kind_is_what_its_source_reads(tmp_path: Path, capsys, monkeypatch
         ("pairs", ["--n=1"], "--n must be at least 2 for pairs, got 1"),
         ("labels", ["--num=0"], "--num must be at least 1, got 0"),
         ("labels", ["--num=5001"], "--num: data.train has 5000 problems, fewer than 5001"),
-        ("best", [], "expected one of ['pairs', 'labels', 'correct'], got best"),
+        ("labels", ["--model.rewards.answer.field=total"], "data.train: its problems cannot be judged: answer: "),
+        ("best", [], "kind: expected one of ['pairs', 'labels', 'correct']"),
         ("correct", ["--num=2", "--model.sampling.max_tokens=1"], "--out: there is nothing to write; left out: "),
     ],
 )
