@@ -117,10 +117,14 @@ def optimizer_of(block: Any) -> str:
     return known[path]
 
 
+LIKE_GRPO = ("GRPO", "RLOO", "ReinforcePP", "DrGRPO", "DAPO", "GSPO", "CISPO", "PPO")
+"""Algorithms that hold what GRPO holds: they differ in numbers for each token, and in PPO's value head of H + 1."""
+
+
 def run_of(
     config: Mapping[str, Any], gpus: int | None = None, prompt_tokens: int | None = None
 ) -> tuple[Run, list[str]]:
-    """The settings of a GRPO config, and what had to be assumed.
+    """The settings of a config of GRPO or its kin, and what had to be assumed.
 
     Args:
         config: as `read_config` returns it.
@@ -131,8 +135,9 @@ def run_of(
         ValueError: it trains by another algorithm, or settings cannot be.
     """
     algorithm = _class(config.get("model"))
-    if not algorithm.endswith(".GRPO"):
-        raise ValueError(f"--config: profile describes rlvr_lightning.grpo.GRPO, this is {algorithm or 'nothing'}")
+    if algorithm.rpartition(".")[2] not in LIKE_GRPO:
+        hint = "; fit --dry_run counts its two models" if algorithm.endswith(".PRIME") else ""
+        raise ValueError(f"--config: profile describes {', '.join(LIKE_GRPO)}; this is {algorithm or 'nothing'}{hint}")
     model, data = _arguments(config.get("model")), _arguments(config.get("data"))
     trainer = config.get("trainer") or {}
     processes, strategy, remarks = _processes(trainer, gpus)

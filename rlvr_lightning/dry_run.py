@@ -44,7 +44,7 @@ def dry_run(module: Any, data: Any, trainer: Trainer, device: torch.device) -> s
         ValueError: settings that the run would refuse, as soon as it would.
     """
     if not isinstance(module, GRPO) or not isinstance(data, PromptData):
-        raise ValueError(f"--dry_run describes rlvr_lightning.grpo.GRPO on PromptData, got {type(module).__name__}")
+        raise ValueError(f"--dry_run describes GRPO and its kin on PromptData, got {type(module).__name__}")
     module.check(trainer, data)
     with processes(trainer):
         policy = module._new_policy(empty=True)

@@ -15,6 +15,7 @@ from test_checkpoint import saving
 from test_grpo import Digits, fit, folder, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning.__main__ import main
+from rlvr_lightning.advantage import of_completions
 from rlvr_lightning.cispo import CISPO
 from rlvr_lightning.dapo import DAPO
 from rlvr_lightning.data.arithmetic import Arithmetic
@@ -24,6 +25,7 @@ from rlvr_lightning.dr_grpo import DrGRPO
 from rlvr_lightning.experience import Batching, Handling
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.gspo import GSPO
+from rlvr_lightning.kept_batch import about_batch, save_batch
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.optim import SGD
 from rlvr_lightning.optim.release import GradientRelease
@@ -449,3 +451,33 @@ def test_each_learns_on_the_tiny_model(kind, tmp_path: Path) -> None:
     trainer.fit(model, datamodule=data)
     earned = model.told["reward/answer"]
     assert len(earned) == 25 and mean(earned[-5:]) > mean(earned[:5]) + 0.1, earned
+
+
+# ---- around them ----
+
+
+@pytest.mark.parametrize("kind", [PPO, DAPO], ids=["tokens", "completions"])
+def test_a_kept_batch_can_be_replayed(kind, folder, tmp_path: Path, capsys) -> None:  # noqa: F811
+    model = module(recording(kind), folder)
+    fit(model, tmp_path, steps=1)
+    save_batch(tmp_path / "kept", 0, model.seen[0], about_batch(model))
+    assert main(["replay", str(tmp_path / "kept")]) == 0
+    out = capsys.readouterr().out
+    assert "0 of 24 completions are not finite" in out
+    advantages = [float(line.split()[3]) for line in out.splitlines()[1:25]]
+    own = of_completions(model.seen[0].advantages, model.seen[0].mask)
+    assert advantages == pytest.approx(own.tolist(), rel=1e-2)
+
+
+def test_a_dry_run_counts_the_reward_model(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    held = {}
+    for config in ("sgd.yaml", "prime.yaml"):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={config}", "--dry_run", "--data.train.num=64"])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        held[config] = {line[0]: float(line[-1]) for line in lines if line and line[0] in ("weights", "together,")}
+        held[config]["model"] = next((float(line[2]) for line in lines if line[:2] == ["reward", "model"]), 0.0)
+    assert held["prime.yaml"]["model"] == held["prime.yaml"]["weights"] == 1.70, "SGD has no state"
+    assert held["prime.yaml"]["together,"] == pytest.approx(held["sgd.yaml"]["together,"] + 1.70, abs=0.01)
+    assert held["sgd.yaml"]["model"] == 0.0

@@ -19,7 +19,7 @@ from rlvr_lightning.profiling.fit_into import fit, parse_size
 from rlvr_lightning.profiling.overview import KINDS, fewest, overview, scale
 from rlvr_lightning.profiling.parameters import count
 from rlvr_lightning.profiling.predict import predict
-from rlvr_lightning.profiling.run_config import read_config, run_of
+from rlvr_lightning.profiling.run_config import LIKE_GRPO, read_config, run_of
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.table import FORMATS, Table, render
 
@@ -75,7 +75,8 @@ def test_fewest_gpus_is_the_first_that_suffices() -> None:
 def test_every_packaged_config(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["--config", name])
     out, err = capsys.readouterr()
-    if ".grpo.GRPO" in (ROOT / "configs" / name).read_text():
+    text = (ROOT / "configs" / name).read_text()
+    if any(f".{algorithm}\n" in text for algorithm in LIKE_GRPO):
         assert status == 0, err
         assert "peak:" in out
     else:
@@ -179,7 +180,11 @@ def test_an_unknown_architecture_is_counted(tmp_path: Path, capsys: pytest.Captu
         (["--model", "Qwen/Qwen9-8B-Instruct"], "near: qwen3-8b"),
         (["--model", "/nowhere/at/all"], "no packaged model"),
         (["--config", "no.yaml"], "no file 'no.yaml'"),
-        (["--config", "tiny_sft.yaml"], "profile describes rlvr_lightning.grpo.GRPO"),
+        (
+            ["--config", "tiny_sft.yaml"],
+            "profile describes GRPO, RLOO, ReinforcePP, DrGRPO, DAPO, GSPO, CISPO, PPO; this is",
+        ),
+        (["--config", "prime.yaml"], "this is rlvr_lightning.prime.PRIME; fit --dry_run counts its two models"),
         (["--config", "sgd.yaml", "--optimizer", "adam"], "'adam' is not known here; one of sgd, momentum"),
         (["--config", "sgd.yaml", "--model.batching.micro_batch", "3"], "must divide group_size"),
         (["--config", "sgd.yaml", "--model.batching.micro_batch", "x"], "micro_batch must be a number, got 'x'"),
