@@ -182,7 +182,7 @@ def test_an_unknown_architecture_is_counted(tmp_path: Path, capsys: pytest.Captu
         (["--config", "no.yaml"], "no file 'no.yaml'"),
         (
             ["--config", "tiny_sft.yaml"],
-            "profile describes GRPO, RLOO, ReinforcePP, DrGRPO, DAPO, GSPO, CISPO, PPO; this is",
+            "DrGRPO, DAPO, GSPO, CISPO, PPO; this is rlvr_lightning.sft.SFT",
         ),
         (["--config", "prime.yaml"], "this is rlvr_lightning.prime.PRIME; fit --dry_run counts its two models"),
         (["--config", "sgd.yaml", "--optimizer", "adam"], "'adam' is not known here; one of sgd, momentum"),
