@@ -65,7 +65,7 @@ class KTO(Offline):
     ) -> None:
         check_positive(beta=beta, good_weight=good_weight, bad_weight=bad_weight)
         super().__init__(model=model, optimizer=optimizer, reference=reference, **kwargs)
-        self.beta, self.weights = beta, (good_weight, bad_weight)
+        self.beta, self.good_weight, self.bad_weight = beta, good_weight, bad_weight
 
     def text_of(self, record: Record) -> Text:
         """The completion and its label."""
@@ -95,8 +95,8 @@ class KTO(Offline):
         """The mean over all completions of the batch."""
         assert ref_logprobs is not None
         good = torch.tensor([text.good for text in texts], dtype=torch.bool, device=logprobs.device)
-        now, then = logprobs[:, 0], ref_logprobs[:, 0]
-        return kto_loss(now, then, good, totals["kl"], self.beta, self.weights, totals["texts"])
+        now, then, weights = logprobs[:, 0], ref_logprobs[:, 0], (self.good_weight, self.bad_weight)
+        return kto_loss(now, then, good, totals["kl"], self.beta, weights, totals["texts"])
 
     def _means(self, sums: Mapping[str, float]) -> dict[str, float]:
         found = super()._means(sums)

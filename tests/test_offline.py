@@ -10,9 +10,11 @@ import pytest
 import reference
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_grpo import folder, weights  # noqa: F401 (a fixture)
 
 from rlvr_lightning.__main__ import main
+from rlvr_lightning.checkpoint import DeltaCheckpointIO
 from rlvr_lightning.data.prompts import ListedPrompts, PromptData
 from rlvr_lightning.data.texts import Demonstrations, Labels, Pairs
 from rlvr_lightning.dpo import DPO
@@ -52,8 +54,9 @@ def fit(model, kind: str, path: Path, steps: int = 1, batch: int = 7, num: int =
     data = PromptData(str(TINY), train=texts(kind, num), val={"held": texts(kind)}, prompts_per_step=batch)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet |= {"enable_checkpointing": False, "default_root_dir": path, "num_sanity_val_steps": 0}
+    ckpt_path = trainer.pop("ckpt_path", None)
     runner = Trainer(max_steps=steps, **quiet | trainer)
-    runner.fit(model, datamodule=data)
+    runner.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return runner
 
 
@@ -186,6 +189,24 @@ def test_the_tiny_model_gets_better_by_its_own_measure(kind: str, tmp_path: Path
     assert end < 0.7 * start if kind == "sft" else end >= 0.85 and end > start
     if kind in ("dpo", "ipo", "kto"):
         assert start == 0.5  # nothing has moved: all is equal
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_resumed_run_is_the_uninterrupted_run(kind: str, folder: str, tmp_path: Path) -> None:  # noqa: F811
+    """With the reference of the first start, out of delta checkpoints; another beta is said."""
+    keep = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=3)
+    saving = {"callbacks": [keep], "enable_checkpointing": True, "plugins": [DeltaCheckpointIO()]}
+    ours = {"optimizer": partial(SGD, lr=0.3), "dtype": "bfloat16"}
+    whole, first, then = (make(kind, folder, **ours) for _ in range(3))
+    fit(whole, kind, tmp_path, steps=5, batch=2)
+    fit(first, kind, tmp_path, steps=3, batch=2, **saving)
+    last = str(tmp_path / "last.ckpt")
+    fit(then, kind, tmp_path, steps=5, batch=2, plugins=[DeltaCheckpointIO()], ckpt_path=last)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(then), strict=True))
+    starts = [[m.reference.start(p) for p in m.policy.parameters()] for m in (whole, then)]
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    with pytest.warns(UserWarning, match=r"model\.beta: from here on 0\.9"):
+        fit(make(kind, folder, beta=0.9, **ours), kind, tmp_path, steps=5, batch=2, ckpt_path=last, **saving)
 
 
 # ---- what cannot be ----

@@ -33,6 +33,13 @@ FREE = {
     "handling": "model.handling",
     "max_grad_norm": "model.max_grad_norm",
     "gradient_release": "model.gradient_release",
+    "beta": "model.beta",
+    "loss": "model.loss",
+    "label_smoothing": "model.label_smoothing",
+    "margin": "model.margin",
+    "weight": "model.weight",
+    "good_weight": "model.good_weight",
+    "bad_weight": "model.bad_weight",
 }
 """The same, of what a run can go on with in another way: that is said, and done."""
 NO_MATTER = {"steps", "foreach", "fused", "capturable", "differentiable"}
