@@ -52,7 +52,11 @@ def matrix_of(name: str) -> str:
     ('attention q_proj', 'mlp up_proj')
     >>> matrix_of("model.layers.3.self_attn.q_norm.weight"), matrix_of("h.0.attn.c_proj.bias")
     ('norm', 'attention c_proj bias')
+    >>> matrix_of("model.layers.3.self_attn.q_proj.lora_A.default.weight")
+    'attention q_proj'
     """
+    layer, adapter, _ = name.partition(".lora_")
+    name = f"{layer}.weight" if adapter else name
     kind = kind_of(name)
     if kind in ("norm", "embedding", "lm_head"):
         return kind

@@ -306,6 +306,20 @@ def test_why_sparse_by_hand(tmp_path: Path) -> None:
     assert [list(row) for row in norms.data[0].z] == [[-2.0] * 3, [-1.0] * 3, [None] * 3]
 
 
+def test_curvature_by_hand(tmp_path: Path) -> None:
+    found = [{"value": 2.5, "residual": 0.01}, {"value": -1.0, "residual": 0.02}]
+    (tmp_path / "curvature.json").write_text(json.dumps({"eigenvalues": found, "loss": 1.0}))
+    (tmp_path / "metrics.csv").write_text("step,reward/mean\n0,1\n")
+    run = read_run("x", tmp_path)
+    (section,) = [section for section in document([run]) if section.title == "Why sparse"]
+    assert [list(row) for row in section.tables[0].rows] == [["x", 1, "2.5", "0.01"], ["x", 2, "-1", "0.02"]]
+    (chart,) = charts("Why sparse", [run])
+    assert list(chart.figure.data[0].y) == [2.5, -1.0]
+    assert list(chart.figure.data[0].error_y.array) == [0.01, 0.02]
+    (tmp_path / "curvature.json").write_text('{"eigenvalues": [{"value": null}]}')
+    assert "curvature.json is damaged" in read_run("x", tmp_path).missing
+
+
 def test_a_run_without_the_callback_has_no_such_section(root: Path) -> None:
     assert "Why sparse" not in [section.title for section in document(find_runs([root / "sgd"]))]
 

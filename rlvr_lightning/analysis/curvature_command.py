@@ -1,12 +1,13 @@
 """`curvature --config NAME.yaml`: the largest eigenvalues of the Hessian of a run's loss where it starts.
 
 curvature --config sgd.yaml                                          the policy gradient's surrogate, on rollouts
-curvature --config tiny_sft.yaml --model.from_scratch=false          the same model's likelihood of demonstrations
+curvature --config sft.yaml                                          the same model's likelihood of demonstrations
 curvature --config sgd.yaml --data.prompts_per_step=64 --top=3       on more prompts; any setting of `fit` goes
 
 The loss is that of the first optimizer step on the first batch, which is then fixed: its completions, rewards and
 advantages stay what they were while the weights are moved. Products of the Hessian with a vector are central
-differences of gradients; the step over the norm of the weights is --step. One process, float32 weights.
+differences of gradients; the step over the norm of the weights is --step. One process, float32 weights. With --json
+RUN/curvature.json, RUN a run's folder, `report` shows them.
 """
 
 from __future__ import annotations

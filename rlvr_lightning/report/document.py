@@ -14,7 +14,7 @@ from rlvr_lightning.report.memory import memory_table, peak_bytes, phase_table
 from rlvr_lightning.report.reading import Run, fraction, merged, notes
 from rlvr_lightning.report.settings import differences
 from rlvr_lightning.report.text import harmless
-from rlvr_lightning.report.why_table import WHY, why_table
+from rlvr_lightning.report.why_table import WHY, why_tables
 from rlvr_lightning.study.tables import gib, number
 
 SHOWN = 4
@@ -51,7 +51,7 @@ def document(runs: Sequence[Run]) -> list[Section]:
         Section("Training", "Every curve is over batches of rollouts; 0 is before the first step.", [training(runs)]),
         Section("Memory", tables=[t for t in (memory_table(runs), phase_table(runs)) if t]),
         Section("Update sparsity", DEFINITIONS, sparsity_tables(runs)),
-        *([Section("Why sparse", WHY, [why_table(runs)])] if any(run.why for run in runs) else []),
+        *([Section("Why sparse", WHY, why_tables(runs))] if any(run.why or run.curvature for run in runs) else []),
         Section("Completions", _kept(runs), samples={run.name: samples(run) for run in runs if run.completions}),
         settings(runs),
         Section("Where the numbers come from", tables=origins(runs)),

@@ -34,6 +34,8 @@ class Run:
     """Lines of `sparsity.jsonl` of the first optimizer; rising `step`, in optimizer steps, each once."""
     why: list[dict[str, Any]] = field(default_factory=list)
     """The same of `why_sparse.jsonl`, which only runs with that callback have."""
+    curvature: list[dict[str, float]] = field(default_factory=list)
+    """Eigenvalues in `curvature.json`, if the command of that name was told to write it there."""
     completions: list[dict[str, Any]] = field(default_factory=list)
     """Samples of the first step kept and of the last; `step` is the number of batches done when they were written."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -117,6 +119,8 @@ def _read_folder(name: str, folder: Path) -> Run:
         }[file](run, path)
     if (folder / "why_sparse.jsonl").is_file():
         run.why = _measured(run, folder / "why_sparse.jsonl", _watched)
+    if (folder / "curvature.json").is_file():
+        _read_curvature(run, folder / "curvature.json")
     return run
 
 
@@ -163,6 +167,14 @@ def _read_memory(run: Run, path: Path) -> None:
         run.missing.append("memory.json is damaged")
         return
     run.memory = memory
+
+
+def _read_curvature(run: Run, path: Path) -> None:
+    try:
+        found = json.loads(path.read_bytes())["eigenvalues"]
+        run.curvature = [{key: float(one[key]) for key in ("value", "residual")} for one in found]
+    except (ValueError, KeyError, TypeError):
+        run.missing.append("curvature.json is damaged")
 
 
 def _sizes(phases: Any, peak: Any) -> bool:

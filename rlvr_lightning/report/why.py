@@ -1,4 +1,4 @@
-"""Charts of what `WhySparse` measured."""
+"""Charts of what `WhySparse` measured, and of the curvature at the start."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ OVER = {
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Curves over steps, the sizes of updates overall and by kind, and norms of gradients by layer."""
-    measured = [run for run in runs if run.why]
-    if not measured:
-        return []
+    """Curves over steps, sizes of updates overall and by kind, norms of gradients by layer; eigenvalues."""
+    measured, curved = [run for run in runs if run.why], [run for run in runs if run.curvature]
+    return [*(_of_steps(runs, measured) if measured else []), *([_eigenvalues(curved)] if curved else [])]
+
+
+def _of_steps(runs: Sequence[Run], measured: Sequence[Run]) -> list[Chart]:
     kinds = ["all", *dict.fromkeys(kind for run in measured for kind in run.why[-1]["kinds"])]
     sizes = [_sizes(measured, kinds[k : k + TOGETHER]) for k in range(0, len(kinds), TOGETHER)]
     return [_curves(runs), *sizes, *[_norms(run) for run in measured if run.why[-1]["layers"]]]
@@ -52,6 +54,20 @@ def _curves(runs: Sequence[Run]) -> Chart:
     name_x(figure, STEPS)
     what = "Share of updates below half a unit in the last place, cosine of momentum and gradient, std of sqrt(v), norm"
     return Chart(f"{what} of the gradient, over optimizer steps; a line for each run.", figure)
+
+
+def _eigenvalues(runs: Sequence[Run]) -> Chart:
+    figure = panels(["largest eigenvalues of the Hessian at the start"])
+    numbers = groups(runs)
+    for run in runs:
+        curve = [(place, one["value"]) for place, one in enumerate(run.curvature, start=1)]
+        error = {"type": "data", "array": [one["residual"] for one in run.curvature]}
+        figure.add_trace(line(run.name, curve, numbers[run.group], True, error_y=error))
+    figure.update_xaxes(dtick=1)
+    name_x(figure, "by magnitude")
+    return Chart(
+        "Largest eigenvalues of the Hessian of the first step's loss, with bounds of error, by magnitude.", figure
+    )
 
 
 def _over_steps(run: Run, keys: Sequence[str]) -> Curve:

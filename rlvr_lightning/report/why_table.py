@@ -1,4 +1,4 @@
-"""What `WhySparse` last measured, as a table."""
+"""What `WhySparse` last measured, and the curvature at the start, as tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,22 @@ def value(record: Any, *keys: str) -> float | None:
     return record if isinstance(record, int | float) else None
 
 
-def why_table(runs: Sequence[Run]) -> Table:
+def why_tables(runs: Sequence[Run]) -> list[Table]:
+    """Those of which there is something."""
+    curved = [run for run in runs if run.curvature]
+    return [*([_measured(runs)] if any(run.why for run in runs) else []), *([_curvature(curved)] if curved else [])]
+
+
+def _curvature(runs: Sequence[Run]) -> Table:
+    rows = [
+        [run.name, number, f"{one['value']:.4g}", f"{one['residual']:.1g}"]
+        for run in runs
+        for number, one in enumerate(run.curvature, start=1)
+    ]
+    return Table("Largest eigenvalues of the Hessian at the start", ["run", "", "eigenvalue", "within"], rows)
+
+
+def _measured(runs: Sequence[Run]) -> Table:
     """At the last measurement, overall and by kind of matrix."""
     rows: list[list[Any]] = []
     said = []
