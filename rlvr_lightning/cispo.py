@@ -37,5 +37,5 @@ class CISPO(GRPO):
         kwargs: as of GRPO.
     """
 
-    def __init__(self, objective: CISPOObjective = CISPOObjective(), **kwargs: Any) -> None:
+    def __init__(self, *, objective: CISPOObjective = CISPOObjective(), **kwargs: Any) -> None:
         super().__init__(objective=objective, **kwargs)

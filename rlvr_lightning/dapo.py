@@ -63,6 +63,7 @@ class DAPO(GRPO):
 
     def __init__(
         self,
+        *,
         rewards: dict[str, Reward],
         objective: DAPOObjective = DAPOObjective(),
         sampling: Sampling = Sampling(),  # noqa: B008

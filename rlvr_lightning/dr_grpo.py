@@ -36,5 +36,5 @@ class DrGRPO(GRPO):
         kwargs: as of GRPO.
     """
 
-    def __init__(self, objective: DrGRPOObjective = DrGRPOObjective(), **kwargs: Any) -> None:
+    def __init__(self, *, objective: DrGRPOObjective = DrGRPOObjective(), **kwargs: Any) -> None:
         super().__init__(objective=objective, advantage="mean", **kwargs)

@@ -38,5 +38,5 @@ class GSPO(GRPO):
         kwargs: as of GRPO.
     """
 
-    def __init__(self, objective: GSPOObjective = GSPOObjective(), **kwargs: Any) -> None:
+    def __init__(self, *, objective: GSPOObjective = GSPOObjective(), **kwargs: Any) -> None:
         super().__init__(objective=objective, **kwargs)

@@ -65,6 +65,7 @@ class PPO(GRPO):
 
     def __init__(
         self,
+        *,
         objective: PPOObjective = PPOObjective(),
         gamma: float = 1.0,
         lam: float = 1.0,

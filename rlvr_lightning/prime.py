@@ -60,7 +60,7 @@ class PRIME(GRPO):
     needs_reference = True
     models = 2
 
-    def __init__(self, beta: float = 0.05, gamma: float = 1.0, prm_lr: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, beta: float = 0.05, gamma: float = 1.0, prm_lr: float | None = None, **kwargs: Any) -> None:
         if beta <= 0 or not 0 <= gamma <= 1 or (prm_lr is not None and prm_lr < 0):
             raise ValueError(
                 f"beta must be positive, gamma lie in [0, 1], prm_lr not be negative; got {beta}, {gamma} and {prm_lr}"

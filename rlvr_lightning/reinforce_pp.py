@@ -50,6 +50,7 @@ class ReinforcePP(GRPO):
 
     def __init__(
         self,
+        *,
         objective: ReinforcePPObjective = ReinforcePPObjective(),
         baseline: Literal["none", "mean"] = "none",
         **kwargs: Any,

@@ -38,5 +38,5 @@ class RLOO(GRPO):
         kwargs: as of GRPO.
     """
 
-    def __init__(self, objective: RLOOObjective = RLOOObjective(), **kwargs: Any) -> None:
+    def __init__(self, *, objective: RLOOObjective = RLOOObjective(), **kwargs: Any) -> None:
         super().__init__(objective=objective, advantage="leave_one_out", **kwargs)

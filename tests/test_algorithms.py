@@ -439,7 +439,8 @@ def test_each_learns_on_the_tiny_model(kind, tmp_path: Path) -> None:
     settings = {"optimizer": partial(torch.optim.SGD, lr=TINY_RATES.get(kind, 0.06)), "group_size": group}
     settings |= {"sampling": Sampling(max_tokens=32), "batching": Batching(minibatches=minibatches)}
     torch.manual_seed(0)
-    model = recording(kind)("tiny", {"answer": FinalAnswer()}, **settings | ({"value_lr": 0.5} if kind is PPO else {}))
+    settings |= {"value_lr": 0.5} if kind is PPO else {}
+    model = recording(kind)(model="tiny", rewards={"answer": FinalAnswer()}, **settings)
     data = PromptData("tiny", train=Arithmetic(split="train", num=500), prompts_per_step=64 // group, seed=0)
     quiet = {
         "logger": False,
