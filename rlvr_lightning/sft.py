@@ -57,7 +57,7 @@ class SFT(Offline):
     def __init__(
         self,
         model: str,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None = None,
         from_scratch: bool = False,
         export_to: str | None = None,

@@ -130,7 +130,12 @@ def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
     assert all(torch.equal(tensor.bfloat16().float(), loaded[name]) for name, tensor in trained.items())
     assert load_tokenizer(str(folder)).eos_token_id == 1
     with pytest.raises(ValueError, match=r"model\.export_to must differ"):
-        SFT(str(folder), export_to=str(folder))
+        SFT(str(folder), ADAMW, export_to=str(folder))
+
+
+def test_the_optimizer_has_no_default_whose_settings_another_would_take_over():
+    """The parser keeps what both classes know: AdamW's weight_decay of 0.01 would be SGD's."""
+    assert inspect.signature(SFT).parameters["optimizer"].default is inspect.Parameter.empty
 
 
 def test_a_record_without_demonstration_is_refused():
