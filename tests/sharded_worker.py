@@ -141,7 +141,7 @@ CASES: dict[str, dict] = {
         "objective": PPOObjective(kl_coef=0.1),
         "lam": 0.9,
         "value_lr": 0.5,
-        "batching": Batching(minibatches=2, passes=2, micro_batch=4),
+        "batching": Batching(passes=2, micro_batch=4),
     },
     "ppo released": {
         "algorithm": PPO,
