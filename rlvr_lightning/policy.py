@@ -238,6 +238,8 @@ class Policy(nn.Module):
         config = self.causal_lm.config.get_text_config()
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             return 1  # a packed row would stretch distances beyond the window
+        if config._attn_implementation != "sdpa":
+            return 1  # it reads a mask of who may see whom otherwise, or not at all; a row's own order needs none
         layers = [p.numel() for n, p in self.causal_lm.named_parameters() if ".layers." in n or ".h." in n]
         per_token = sum(layers) / config.num_hidden_layers  # multiply-adds of one layer's matrices
         return completions_per_row(rollouts, per_token / (2 * config.hidden_size))

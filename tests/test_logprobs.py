@@ -130,6 +130,17 @@ def test_packed_forward_equals_plain(kind: str, per_row: int) -> None:
             assert out.logprobs[r, len(lp) :].abs().sum() == 0
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_attention_that_reads_masks_otherwise_gets_none(kind: str) -> None:
+    """Eager attention would add our mask of true and false to its scores, without a word."""
+    model, rollouts = tiny_causal_lm(kind), random_rollouts(prompt_lengths=(5, 1, 30), group=6)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = Policy(model)(rollouts, temperature=0.7)
+        for r, (lp, _) in enumerate(plain_logprobs(model, rollouts, 0.7)):
+            torch.testing.assert_close(out.logprobs[r, : len(lp)], lp, atol=2e-5, rtol=1e-5)
+
+
 def test_packing_saves_the_prompt() -> None:
     rollouts = random_rollouts(prompt_lengths=(50,), group=6, width=7)
     tokens = {k: pack(rollouts, k).input_ids.numel() for k in (1, 6)}
