@@ -106,11 +106,9 @@ def check_batches(prompts: int, group: int, batching: Batching, release: Gradien
         release: how gradients are released, if they are.
         ranks: processes.
     """
-    if prompts % (batching.minibatches * ranks):
-        raise ValueError(
-            f"data.prompts_per_step ({prompts}) must be a multiple of batching.minibatches "
-            f"({batching.minibatches}) times the number of processes ({ranks})"
-        )
+    for name, count in (("batching.minibatches", batching.minibatches), ("the number of processes", ranks)):
+        if prompts % count:
+            raise ValueError(f"data.prompts_per_step ({prompts}) must be a multiple of {name} ({count})")
     if release:
         most = min(prompts // ranks, prompts // batching.minibatches)  # a minibatch is drawn from all ranks' prompts
         release.check(most * group, batching.micro_batch)
