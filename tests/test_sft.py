@@ -1,5 +1,5 @@
-import inspect
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -193,7 +193,7 @@ def test_packaged_model_is_made_again(tmp_path):
 
 
 def processor():
-    """The processor's name and what it can do, on Linux: virtual ones of one name differ in that, and so in last bits."""
+    """The processor on Linux, by name and abilities: virtual ones of one name differ in these, and so in last bits."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     said = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
     return f"{said.get('model name', '')} {hashlib.sha256(said.get('flags', '').encode()).hexdigest()[:16]}"
