@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlvr_lightning.study.claim_numbers import changed, final, shared
+from rlvr_lightning.study.claim_numbers import average, changed, final, shared
 from rlvr_lightning.study.claims import CLAIMS, PASS, TEST, Seen, fill_claims
 
 
@@ -77,3 +77,22 @@ def test_the_block_is_filled_and_a_page_without_one_left_alone(tmp_path):
     assert fill_claims("no block here", tmp_path) == "no block here"
     with pytest.raises(ValueError, match="claims: no records"):
         fill_claims("<!-- claims -->\n<!-- end -->", tmp_path)
+
+
+def test_the_subnetwork_has_to_reach_every_entry(tmp_path):
+    (tmp_path / "subnetwork").mkdir()
+    for label, close in (("sgd", 10), ("adamw", 9)):
+        for seed in (0, 1):
+            metrics = {"full": {PASS: 0.9 + seed / 10}, "subnetwork": {PASS: 0.91 + seed / 10}}
+            record = {"entries": 10, "close": close, "seed": seed, "metrics": metrics}
+            (tmp_path / "subnetwork" / f"{label}-{seed}.json").write_text(json.dumps(record))
+    seen = look("training the subnetwork alone", tmp_path)
+    assert seen.verdict == "in part", "AdamW's does not"
+    assert "sgd: 100 % within 1e-4, pass@1 +0.010" in seen.text and "adamw: 90 % within 1e-4" in seen.text
+
+
+def test_averages_are_over_the_curve(tmp_path):
+    write(tmp_path, "a", [0.5])
+    assert average(tmp_path, "a", PASS) == {0: 0.25}  # 0, then a half
+    with pytest.raises(ValueError, match="has no good run of b"):
+        average(tmp_path, "b", PASS)

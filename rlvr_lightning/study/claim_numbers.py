@@ -53,6 +53,18 @@ def final(folder: Path, label: str, metric: str, **point: Any) -> BySeed:
     return found
 
 
+def average(folder: Path, label: str, metric: str) -> BySeed:
+    """The mean of a metric over its whole curve, by seed, of the runs of a label that ended well."""
+    found = {}
+    for record in records(folder).values():
+        if record["label"] == label and record["status"] == "ok":
+            values = [value for _, value in record["metrics"][metric]["curve"] if value is not None]
+            found[record["seed"]] = mean(values)
+    if not found:
+        raise ValueError(f"claims: {folder} has no good run of {label}")
+    return found
+
+
 def at(record: Record, point: Mapping[str, Any]) -> bool:
     """Whether a record is of a run at a point."""
     settings = {name.rpartition(".")[2]: value for name, value in record["point"].items()}

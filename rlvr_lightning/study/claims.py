@@ -9,6 +9,7 @@ them: RL's Razor (2509.04259), The Path Not Taken (2511.08567).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, NamedTuple
 
-from rlvr_lightning.study.claim_numbers import changed, difference, final, percent, records, shared, shown, signed
+from rlvr_lightning.study.claim_numbers import (
+    average,
+    changed,
+    difference,
+    final,
+    percent,
+    records,
+    shared,
+    shown,
+    signed,
+)
 from rlvr_lightning.study.rates import lines
 from rlvr_lightning.study.records import cells
 from rlvr_lightning.study.tables import markdown
 
 BLOCK = re.compile(r"(<!-- claims -->\n).*?(<!-- end -->)", re.DOTALL)
 PASS, TEST = "val/arithmetic/pass@1", "val/test/pass@1"
+DENSITY = "update/changed_frac_total/bf16"
+KINDS = (("RL", "tiny_seeds", ("sgd", "adamw")), ("SFT", "tiny_sft_seeds", ("sft_sgd", "sft_adamw_rl_rate")))
 ALIKE = 0.03
 """Accuracies that differ by less count as alike."""
 Verdict = Literal["confirmed", "in part", "not confirmed"]
@@ -191,6 +204,82 @@ def _guards(results: Path) -> Seen:
     return Seen("; ".join(told), verdict(*parts))
 
 
+def _momentum_cosine(results: Path) -> Seen:
+    told, parts = [], []
+    for kind, folder, labels in KINDS:
+        found = {label: average(results / folder, label, "update/momentum_cosine") for label in labels}
+        told += [f"{kind}, {label}: {shown(values)}" for label, values in found.items()]
+        means = [mean(values.values()) for values in found.values()]
+        parts.append(all(abs(x) < 0.1 for x in means) if kind == "RL" else min(means) > 0.5)
+    return Seen("mean cosine over the run: " + "; ".join(told), verdict(*parts))
+
+
+def _sqrt_v(results: Path) -> Seen:
+    name = "update/sqrt_v_std"
+    found = {
+        kind: {label: average(results / folder, label, name) for label in labels} for kind, folder, labels in KINDS
+    }
+    told = [f"{kind}, {label}: {shown(v, '{:.2g}')}" for kind, of in found.items() for label, v in of.items()]
+    ratios = [
+        mean(imitation.values()) / mean(rl.values())
+        for rl, imitation in zip(found["RL"].values(), found["SFT"].values(), strict=True)
+    ]
+    return Seen("standard deviation of sqrt(v): " + "; ".join(told), verdict(*(ratio >= 5 for ratio in ratios)))
+
+
+def _imitation_is_dense(results: Path) -> Seen:
+    told, parts = [], []
+    for rl, imitation in (("sgd", "sft_sgd"), ("adamw", "sft_adamw_rl_rate")):
+        a = changed(results / "tiny_seeds", rl, frac("bf16"))
+        b = changed(results / "tiny_sft_seeds", imitation, frac("bf16"))
+        told.append(f"{rl} at the same rate: RL {percent(a)}, SFT {percent(b)}")
+        parts.append(mean(b.values()) - mean(a.values()) > 0.2)
+    return Seen("changed: " + "; ".join(told), verdict(*parts))
+
+
+def _own_answers(results: Path) -> Seen:
+    told, parts = [], []
+    for name in ("sgd", "adamw_rl_rate"):
+        own, others = (changed(results / "tiny_sft_seeds", f"{kind}_{name}", frac("bf16")) for kind in ("rft", "sft"))
+        told.append(f"{name.partition('_')[0]}: own answers {percent(own)}, others' {percent(others)}")
+        parts.append(mean(own.values()) < mean(others.values()) / 2)
+    return Seen("changed, at the same rate: " + "; ".join(told), verdict(*parts))
+
+
+def _rate_decides(results: Path) -> Seen:
+    told, parts = [], []
+    for folder, label in (("tiny_sweep", "adamw"), ("tiny_sweep", "sgd"), ("tiny_sft_sweep", "adamw")):
+        [line] = [x for x in lines(cells(records(results / folder).values()), DENSITY) if x.name == label]
+        ends = [line.points[0], line.points[-1]]
+        values = [mean(point.values) for point in line.points]
+        steps = [f"{percent(point.values)} at {point.rate:g}" for point in ends]
+        told.append(f"{'RL' if folder == 'tiny_sweep' else 'SFT'}, {label}: {' to '.join(steps)}")
+        parts.append(values == sorted(values))
+    return Seen("changed: " + "; ".join(told), verdict(*parts))
+
+
+def _subnetwork(results: Path) -> Seen:
+    told, parts = [], []
+    for label in ("sgd", "adamw"):
+        found = [json.loads(path.read_text()) for path in sorted((results / "subnetwork").glob(f"{label}-*.json"))]
+        if not found:
+            raise ValueError(f"claims: no {results}/subnetwork/{label}-*.json; subnetwork check makes them")
+        close = [one["close"] / one["entries"] for one in found]
+        runs = [{one["seed"]: one["metrics"][kind][PASS] for one in found} for kind in ("subnetwork", "full")]
+        off = difference(runs[0], runs[1])
+        told.append(f"{label}: {percent(close)} within 1e-4, pass@1 {signed(off)} of the full run's")
+        parts += [min(close) == 1, off[1] > -ALIKE]
+    return Seen("; ".join(told), verdict(*parts))
+
+
+def _algorithms(results: Path) -> Seen:
+    folder = results / "tiny_algorithms"
+    labels = dict.fromkeys(record["label"] for record in records(folder).values())
+    found = {label: final(folder, label, DENSITY) for label in labels}
+    told = ", ".join(f"{label} {percent([mean(values.values())])}" for label, values in found.items())
+    return Seen(f"changed, under SGD: {told}", verdict(*(max(values.values()) < 0.5 for values in found.values())))
+
+
 CLAIMS = [
     Claim("A", "SGD without momentum learns as well as AdamW", f"lower end above -{ALIKE}", _accuracy),
     Claim("A", "momentum is not needed", f"lower end above -{ALIKE}", _momentum),
@@ -209,12 +298,39 @@ CLAIMS = [
         _rmsprop,
     ),
     Claim("A", "SGD's updates are of lower effective rank than AdamW's and RMSProp's", "below half", _effective_rank),
+    Claim(
+        "A",
+        "momentum and gradient point apart in RL (cosine -0.007), and the same way in SFT (0.997)",
+        "below 0.1 in RL, above 0.5 in SFT",
+        _momentum_cosine,
+    ),
+    Claim(
+        "A",
+        "what AdamW divides by varies less in RL (2.3e-7) than in SFT (5.1e-6): an adaptive rate has little to do",
+        "SFT at least 5 times RL",
+        _sqrt_v,
+    ),
+    Claim("B", "every algorithm of RL leaves most weights as they are (4 to 32 % change)", "below 50 %", _algorithms),
+    Claim(
+        "B",
+        "SFT changes almost all (85 to 94 %)",
+        "at least 20 points more than RL at the same rate",
+        _imitation_is_dense,
+    ),
+    Claim("B", "SFT on the model's own right answers is sparse, too", "less than half of SFT on others'", _own_answers),
+    Claim(
+        "B",
+        "training the subnetwork alone gives the full run, within 1e-4, and its score",
+        f"all entries within 1e-4; pass@1's lower end above -{ALIKE}",
+        _subnetwork,
+    ),
     Claim("B", "updates are sparse and yet of almost full rank", "rank above 99 % of full", _full_rank),
     Claim("B", "norm layers hardly change, all other matrices alike", "norms below a tenth of the rest", _norms),
     Claim(
         "B", "runs on other seeds and data change the same weights, above chance", "all pairs above chance", _overlaps
     ),
     Claim("B", "KL term and gradient clipping matter little", f"shares within 0.05, pass@1 within {ALIKE}", _guards),
+    Claim("C", "the learning rate decides how many weights change", "each higher rate changes more", _rate_decides),
     Claim("C", "sparsity is an artefact of bf16 and vanishes in fp32", "above 95 % changed in fp32", _bf16_artefact),
     Claim(
         "C",
