@@ -242,6 +242,14 @@ def test_blocks_without_records_or_with_unknown_metrics_are_errors(tmp_path):
         fill_blocks("<!-- table:other -->\n<!-- end -->", tmp_path)
     with pytest.raises(ValueError, match=r"no record keeps \['val/y'\]"):
         fill_blocks("<!-- table:tiny val/y -->\n<!-- end -->", tmp_path)
+    with pytest.raises(ValueError, match=r"table:tiny: no record of \['lion'\]"):
+        fill_blocks("<!-- table:tiny only:sgd,lion -->\n<!-- end -->", tmp_path)
+
+
+def test_a_block_may_show_some_labels_only(tmp_path):
+    save(tmp_path / "tiny")
+    text = fill_blocks("<!-- table:tiny only:adamw val/x/pass@1 -->\n<!-- end -->", tmp_path)
+    assert "| adamw" in text and "| sgd" not in text
 
 
 def test_figures_hold_the_records_numbers(tmp_path, capsys):

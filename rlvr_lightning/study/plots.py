@@ -90,10 +90,7 @@ def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
 
 def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Figure]:
     """Figures by file name: `curves` of the best cell of each label, and `rates` if a number was swept."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     found = cells(records)
     result = {}
@@ -102,7 +99,8 @@ def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dic
             continue
         columns = min(len(metrics), 3)
         high = -(-len(metrics) // columns)
-        figure, axes = pyplot.subplots(high, columns, figsize=(5.2 * columns, 3.6 * high), squeeze=False)
+        figure = Figure(figsize=(5.2 * columns, 3.6 * high))  # not pyplot's, which keeps all there ever were
+        axes = figure.subplots(high, columns, squeeze=False)
         for axis, metric in zip(axes.flat, metrics, strict=False):
             draw(axis, shown, metric)
         for axis in axes.flat[len(metrics) :]:

@@ -5,6 +5,7 @@ A block is filled from the records in `results/NAME` beside the file::
     <!-- table:NAME -->            every cell, every metric kept
     <!-- table:NAME best -->       of each label the cell with the highest mean of the first metric
     <!-- table:NAME METRIC ... --> these metrics only
+    <!-- table:NAME only:A,B -->   the labels A and B only
     ...
     <!-- end -->
 """
@@ -129,6 +130,13 @@ def print_table(records: Iterable[Mapping[str, Any]], metrics: Sequence[str]) ->
     Console().print(table)
 
 
+def of_labels(records: Sequence[Mapping[str, Any]], labels: Sequence[str], name: str) -> list[Mapping[str, Any]]:
+    """Those of some labels; ValueError where a label has none."""
+    if unknown := set(labels) - {record["label"] for record in records}:
+        raise ValueError(f"table:{name}: no record of {sorted(unknown)}")
+    return [record for record in records if record["label"] in labels]
+
+
 def fill_blocks(text: str, results: Path) -> str:
     """A Markdown text with each marked block replaced by the table of its records.
 
@@ -145,8 +153,11 @@ def fill_blocks(text: str, results: Path) -> str:
         if not records:
             raise ValueError(f"table:{block['name']}: no records in {results / block['name']}")
         options = block["options"].split()
+        for word in options:
+            if word.startswith("only:"):
+                records = of_labels(records, word.removeprefix("only:").split(","), block["name"])
         kept = metric_names(records)
-        chosen = [word for word in options if word != "best"] or kept
+        chosen = [word for word in options if word != "best" and not word.startswith("only:")] or kept
         if unknown := set(chosen) - set(kept):
             raise ValueError(f"table:{block['name']}: no record keeps {sorted(unknown)}; there are {kept}")
         return f"{block[1]}{markdown(rows(records, chosen, best='best' in options))}\n{block[4]}"
