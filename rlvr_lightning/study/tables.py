@@ -149,7 +149,7 @@ def fill_blocks(text: str, results: Path) -> str:
     """
 
     def filled(block: re.Match[str]) -> str:
-        records = list(load_records(results / block["name"]).values())
+        records: list[Mapping[str, Any]] = list(load_records(results / block["name"]).values())
         if not records:
             raise ValueError(f"table:{block['name']}: no records in {results / block['name']}")
         options = block["options"].split()
