@@ -73,10 +73,11 @@ def test_pairs_differ_in_the_seed_or_in_the_label(tmp_path):
         changed(tmp_path, "a", lambda one: one)
 
 
-def test_the_block_is_filled_and_a_page_without_one_left_alone(tmp_path):
+def test_what_was_not_run_is_said(tmp_path):
     assert fill_claims("no block here", tmp_path) == "no block here"
-    with pytest.raises(ValueError, match="claims: no records"):
-        fill_claims("<!-- claims -->\n<!-- end -->", tmp_path)
+    page = fill_claims("<!-- claims -->\n<!-- end -->", tmp_path)
+    assert page.count("**not run**") == len(CLAIMS)
+    assert "no records in tiny_sweep; run its sweep first" in page
 
 
 def test_the_subnetwork_has_to_reach_every_entry(tmp_path):

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/CLAIMS.md"])
 def test_tables_show_what_the_records_say(page: str) -> None:
     assert plots([str(ROOT / page), "--check"]) == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/CLAIMS.md"])
 def test_pictures_links_and_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for path in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):

@@ -144,8 +144,8 @@ def _work(folder: Path, base_name: str, only_changes: bool) -> None:
         runs = [records[a], records[b]]
         same.add(f"{a}+{b}", runs, lambda a=a, b=b: overlap(base, weights(a), weights(b)))  # type: ignore[misc]
     print(f"{len(records)} runs, {len(todo)} pairs; {found.made + same.made} records made in {folder}")
-    heading, *rows = change_rows(folder)
-    print_table("what the runs changed; mean (lowest to highest)", heading, rows)
+    heading, *rows = change_rows(folder, ranges=False)
+    print_table("what the runs changed, means over seeds", heading, rows)
     if todo:
         heading, *rows = overlap_rows(folder)
-        print_table("which changed the same; mean (lowest to highest)", heading, rows, left=(0, 1, 2))
+        print_table("which changed the same, means over pairs of runs", heading, rows, left=(0, 1, 2))

@@ -21,17 +21,17 @@ BLOCK = re.compile(r"(<!-- (?P<what>changes|overlaps):(?P<name>[\w.-]+) -->\n).*
 Record = dict[str, Any]
 
 
-def share(values: Iterable[float | None]) -> str:
+def share(values: Iterable[float | None], ranges: bool = True) -> str:
     """Mean and range in per cent; what is none is left out.
 
-    >>> share([0.25, 0.5, None]), share([0.00012]), share([None])
-    ('37.5 (25.0 to 50.0)', '0.012', '-')
+    >>> share([0.25, 0.5, None]), share([0.00012]), share([None]), share([0.25, 0.5], ranges=False)
+    ('37.5 (25.0 to 50.0)', '0.012', '-', '37.5')
     """
     found = [100 * value for value in values if value is not None]
     if not found:
         return "-"
     text = [f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}" for value in (mean(found), min(found), max(found))]
-    return text[0] if len(found) == 1 or text[1] == text[2] else f"{text[0]} ({text[1]} to {text[2]})"
+    return text[0] if not ranges or text[1] == text[2] else f"{text[0]} ({text[1]} to {text[2]})"
 
 
 def load(folder: Path, what: str) -> list[Record]:
@@ -63,11 +63,11 @@ OVERLAPS: dict[str, Callable[[Record], float | None]] = {
 }
 
 
-def change_rows(folder: Path) -> list[list[str]]:
-    """A heading, then a row for each cell of the sweep: means over seeds."""
+def change_rows(folder: Path, ranges: bool = True) -> list[list[str]]:
+    """A heading, then a row for each cell of the sweep: means, and ranges if wanted, over seeds."""
     grouped = cells([one | one["runs"][0] for one in load(folder, "changes")])
     body = [
-        [cell.name, str(len(cell.records)), *(share(map(of, cell.records)) for of in CHANGES.values())]
+        [cell.name, str(len(cell.records)), *(share(map(of, cell.records), ranges) for of in CHANGES.values())]
         for cell in grouped
     ]
     return [["run", "seeds", *CHANGES], *body]
@@ -81,7 +81,8 @@ def overlap_rows(folder: Path) -> list[list[str]]:
         same = "same" if one["runs"][0]["seed"] == one["runs"][1]["seed"] else "other"
         groups.setdefault((first, second, same), []).append(one["parts"]["all"])
     body = [
-        [*key, str(len(group)), *(share(map(of, group)) for of in OVERLAPS.values())] for key, group in groups.items()
+        [*key, str(len(group)), *(share(map(of, group), ranges=False) for of in OVERLAPS.values())]
+        for key, group in groups.items()
     ]
     return [["A", "B", "seed", "pairs", *OVERLAPS], *body]
 

@@ -38,7 +38,7 @@ DENSITY = "update/changed_frac_total/bf16"
 KINDS = (("RL", "tiny_seeds", ("sgd", "adamw")), ("SFT", "tiny_sft_seeds", ("sft_sgd", "sft_adamw_rl_rate")))
 ALIKE = 0.03
 """Accuracies that differ by less count as alike."""
-Verdict = Literal["confirmed", "in part", "not confirmed"]
+Verdict = Literal["confirmed", "in part", "not confirmed", "not run"]
 
 
 class Seen(NamedTuple):
@@ -341,17 +341,21 @@ CLAIMS = [
 ]
 
 
-def fill_claims(text: str, results: Path) -> str:
-    """A Markdown text with its block replaced by the table of claims.
+def seen_of(claim: Claim, results: Path) -> Seen:
+    """What the records show of a claim; that they are missing, if they are."""
+    try:
+        return claim.look(results)
+    except ValueError as error:
+        return Seen(str(error).removeprefix("claims: ").replace(f"{results}/", ""), "not run")
 
-    Raises:
-        ValueError: records are missing.
-    """
+
+def fill_claims(text: str, results: Path) -> str:
+    """A Markdown text with its block replaced by the table of claims."""
 
     def filled(block: re.Match[str]) -> str:
         rows = [["", "claim", "would be confirmed by", "seen here", "verdict"]]
         for claim in CLAIMS:
-            seen = claim.look(results)
+            seen = seen_of(claim, results)
             rows.append([claim.paper, claim.says, claim.rule, seen.text, f"**{seen.verdict}**"])
         return f"{block[1]}{markdown(rows)}\n{block[2]}"
 

@@ -19,7 +19,7 @@ from rlvr_lightning.study.change_tables import fill_changes
 from rlvr_lightning.study.claims import fill_claims
 from rlvr_lightning.study.rates import lines, swept
 from rlvr_lightning.study.records import Cell, best_cells, cells, load_records
-from rlvr_lightning.study.tables import fill_blocks, markdown, metric_names, rows
+from rlvr_lightning.study.tables import fill_blocks, markdown, metric_names, of_labels, rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dic
     return result
 
 
-def draw(folder: Path, metrics: Sequence[str]) -> list[Path]:
+def draw(folder: Path, metrics: Sequence[str], labels: Sequence[str] = ()) -> list[Path]:
     """Write `curves`, `rates` (PNG, SVG) and `table.md` into a sweep's folder; returns their paths.
 
     Raises:
@@ -119,11 +119,12 @@ def draw(folder: Path, metrics: Sequence[str]) -> list[Path]:
     records = list(load_records(folder).values())
     if not records:
         raise ValueError(f"no records in {folder / 'records'}; run the sweep first")
+    shown = of_labels(records, labels, folder.name) if labels else records
     metrics = list(metrics) or metric_names(records)
     if not metrics:
         raise ValueError(f"no run in {folder / 'records'} has a metric; see their last_lines")
     written = []
-    for name, figure in figures(records, metrics).items():
+    for name, figure in figures(shown, metrics).items():
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"
             figure.savefig(path, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
@@ -159,11 +160,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("target", type=Path, help="a sweep's folder, or a Markdown file")
     parser.add_argument("--metric", action="append", default=[], help="draw this one only; may be repeated")
     parser.add_argument("--check", action="store_true", help="with a Markdown file: change nothing, fail if stale")
+    parser.add_argument("--only", metavar="A,B", help="draw the runs of these labels only")
     options = parser.parse_args(argv)
     try:
         if options.target.is_file():
             return fill(options.target, options.check)
-        print("\n".join(map(str, draw(options.target, options.metric))))
+        print(
+            "\n".join(map(str, draw(options.target, options.metric, options.only.split(",") if options.only else ())))
+        )
         return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
