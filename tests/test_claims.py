@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rlvr_lightning.study.claim import PASS, TEST, Seen
 from rlvr_lightning.study.claim_numbers import average, changed, final, shared
-from rlvr_lightning.study.claims import CLAIMS, PASS, TEST, Seen, fill_claims
+from rlvr_lightning.study.claims import CLAIMS, fill_claims
 
 
 def write(folder: Path, label: str, values: list[float], metric: str = PASS, **point) -> None:

@@ -44,24 +44,30 @@ def final(folder: Path, label: str, metric: str, **point: Any) -> BySeed:
         metric: that the records keep.
         point: values of swept settings, by the last part of their names; others are not looked at.
     """
-    found = {}
-    for record in records(folder).values():
-        if record["label"] == label and record["status"] == "ok" and at(record, point):
-            found[record["seed"]] = record["metrics"][metric]["final"]
-    if not found:
-        raise ValueError(f"claims: {folder} has no good run of {label} {point or ''}")
-    return found
+    return {seed: curve[-1] for seed, curve in _curves(folder, label, metric, point).items()}
 
 
 def average(folder: Path, label: str, metric: str) -> BySeed:
     """The mean of a metric over its whole curve, by seed, of the runs of a label that ended well."""
-    found = {}
-    for record in records(folder).values():
-        if record["label"] == label and record["status"] == "ok":
-            values = [value for _, value in record["metrics"][metric]["curve"] if value is not None]
-            found[record["seed"]] = mean(values)
+    return {seed: mean(curve) for seed, curve in _curves(folder, label, metric, {}).items()}
+
+
+def _curves(folder: Path, label: str, metric: str, point: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Values of a metric by seed; ValueError if there are none, two runs of a seed, or one that is not finite."""
+    found: dict[int, list[float]] = {}
+    for key, record in records(folder).items():
+        if record["label"] != label or record["status"] != "ok" or not at(record, point):
+            continue
+        if record["seed"] in found:
+            raise ValueError(
+                f"claims: {folder} has two runs of {label} with seed {record['seed']}; name their settings"
+            )
+        curve = [value for _, value in record["metrics"].get(metric, {"curve": []})["curve"]]
+        if not curve or None in curve:
+            raise ValueError(f"claims: {folder}/records/{key}.json has no finite {metric}")
+        found[record["seed"]] = curve
     if not found:
-        raise ValueError(f"claims: {folder} has no good run of {label}")
+        raise ValueError(f"claims: {folder} has no good run of {label} {dict(point) or ''}".rstrip())
     return found
 
 
@@ -73,13 +79,15 @@ def at(record: Record, point: Mapping[str, Any]) -> bool:
 
 def changed(folder: Path, label: str, of: Callable[[Record], Any], **point: Any) -> BySeed:
     """Something of the changes of a label's runs, by seed."""
-    found = {
-        one["runs"][0]["seed"]: of(one)
-        for one in dissected(folder, "changes").values()
-        if one["runs"][0]["label"] == label and at(one["runs"][0], point)
-    }
+    found: BySeed = {}
+    for one in dissected(folder, "changes").values():
+        run = one["runs"][0]
+        if run["label"] == label and at(run, point):
+            if run["seed"] in found:
+                raise ValueError(f"claims: {folder}/changes.json has two runs of {label} with seed {run['seed']}")
+            found[run["seed"]] = of(one)
     if not found:
-        raise ValueError(f"claims: {folder}/changes.json has nothing of {label} {point or ''}")
+        raise ValueError(f"claims: {folder}/changes.json has nothing of {label} {point or ''}".rstrip())
     return found
 
 
@@ -96,11 +104,13 @@ def shared(folder: Path, first: str, second: str, of: Callable[[Record], Any]) -
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval of Student's t.
+    """Mean and 95 % interval of Student's t, of 2 to 10 values; ValueError for fewer or more.
 
     >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]
     """
+    if len(values) - 1 not in T_975:
+        raise ValueError(f"claims: an interval needs 2 to {max(T_975) + 1} seeds, there are {len(values)}")
     middle = mean(values)
     half = T_975[len(values) - 1] * stdev(values) / len(values) ** 0.5
     return middle, middle - half, middle + half

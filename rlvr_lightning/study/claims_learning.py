@@ -1,0 +1,145 @@
+"""Claims on what is learned, at what rate, in how much memory, and why; see `claims.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from rlvr_lightning.study.claim import (
+    ALIKE,
+    KINDS,
+    PASS,
+    TEST,
+    Claim,
+    Seen,
+    frac,
+    inside,
+    verdict,
+)
+from rlvr_lightning.study.claim_numbers import (
+    average,
+    changed,
+    difference,
+    final,
+    percent,
+    records,
+    shown,
+    signed,
+)
+from rlvr_lightning.study.rates import lines
+from rlvr_lightning.study.records import cells
+
+
+def _accuracy(results: Path) -> Seen:
+    tiny = difference(final(results / "tiny_seeds", "sgd", PASS), final(results / "tiny_seeds", "adamw", PASS))
+    real = results / "smollm2_seeds"
+    smollm2 = difference(final(real, "sgd", TEST), final(real, "adamw_lower", TEST))
+    alike = [low > -ALIKE for _, low, _ in (tiny, smollm2)]
+    return Seen(f"SGD minus AdamW, pass@1: tiny {signed(tiny)}; SmolLM2 {signed(smollm2)}", verdict(*alike))
+
+
+def _momentum(results: Path) -> Seen:
+    found = difference(final(results / "tiny_seeds", "sgd", PASS), final(results / "tiny_seeds", "momentum", PASS))
+    return Seen(f"SGD minus SGD with momentum 0.9, pass@1: {signed(found)}", verdict(found[1] > -ALIKE))
+
+
+def _state(results: Path) -> Seen:
+    name = "memory/optimizer_state_bytes"
+    sgd, adamw = (final(results / "smollm2_seeds", label, name) for label in ("sgd", "adamw_lower"))
+    text = f"SmolLM2: {shown(sgd, '{:,.0f}')} bytes against {shown(adamw, '{:,.0f}')}, 8 a parameter"
+    return Seen(text, verdict(max(sgd.values()) == 0))
+
+
+def _rates(results: Path) -> Seen:
+    found = lines(cells(records(results / "tiny_sweep").values()), PASS)
+    take = {line.name: line.suggestion() or 0.0 for line in found}
+    bands = {line.name: [point.rate for point in line.band()] for line in found}
+    told = "; ".join(f"{name}: {band[0]:g} to {band[-1]:g}" for name, band in bands.items() if band)
+    ratio = take["sgd"] / take["adamw"]
+    return Seen(f"stable rates: {told}; SGD's is {ratio:,.0f} times AdamW's", verdict(ratio >= 100))
+
+
+def _momentum_cosine(results: Path) -> Seen:
+    told, parts = [], []
+    for kind, folder, labels in KINDS:
+        found = {label: average(results / folder, label, "update/momentum_cosine") for label in labels}
+        told += [f"{kind}, {label}: {shown(values)}" for label, values in found.items()]
+        means = [mean(values.values()) for values in found.values()]
+        parts.append(all(abs(x) < 0.1 for x in means) if kind == "RL" else min(means) > 0.5)
+    return Seen("mean cosine over the run: " + "; ".join(told), verdict(*parts))
+
+
+def _sqrt_v(results: Path) -> Seen:
+    name = "update/sqrt_v_std"
+    found = {
+        kind: {label: average(results / folder, label, name) for label in labels} for kind, folder, labels in KINDS
+    }
+    told = [f"{kind}, {label}: {shown(v, '{:.2g}')}" for kind, of in found.items() for label, v in of.items()]
+    ratios = [
+        mean(imitation.values()) / mean(rl.values())
+        for rl, imitation in zip(found["RL"].values(), found["SFT"].values(), strict=True)
+    ]
+    return Seen("standard deviation of sqrt(v): " + "; ".join(told), verdict(*(ratio >= 5 for ratio in ratios)))
+
+
+def _subnetwork(results: Path) -> Seen:
+    told, parts = [], []
+    for label in ("sgd", "adamw"):
+        found = [json.loads(path.read_text()) for path in sorted((results / "subnetwork").glob(f"{label}-*.json"))]
+        if not found:
+            raise ValueError(f"claims: no {results}/subnetwork/{label}-*.json; subnetwork check makes them")
+        close = [one["close"] / one["entries"] for one in found]
+        runs = [{one["seed"]: one["metrics"][kind][PASS] for one in found} for kind in ("subnetwork", "full")]
+        off = difference(runs[0], runs[1])
+        told.append(f"{label}: {percent(close)} within 1e-4, pass@1 {signed(off)} of the full run's")
+        parts += [min(close) == 1, off[1] > -ALIKE]
+    return Seen("; ".join(told), verdict(*parts))
+
+
+def _guards(results: Path) -> Seen:
+    told, parts = [], []
+    folder = results / "tiny_guards"
+    for label in ("sgd", "adamw"):
+        for name, off in (
+            ("kl_coef", {"kl_coef": 0.0, "max_grad_norm": 0.2}),
+            ("clipping", {"kl_coef": 0.001, "max_grad_norm": 0.0}),
+        ):
+            on = {"kl_coef": 0.001, "max_grad_norm": 0.2}
+            shares = difference(changed(folder, label, frac("bf16"), **off), changed(folder, label, frac("bf16"), **on))
+            score = difference(final(folder, label, PASS, **off), final(folder, label, PASS, **on))
+            told.append(f"{label} without {name}: changed {signed(shares)}, pass@1 {signed(score)}")
+            parts.append(inside(shares, 0.05) and inside(score, ALIKE))
+    return Seen("; ".join(told), verdict(*parts))
+
+
+CLAIMS = [
+    Claim("A", "SGD without momentum learns as well as AdamW", f"lower end above -{ALIKE}", _accuracy),
+    Claim("A", "momentum is not needed", f"lower end above -{ALIKE}", _momentum),
+    Claim("A", "SGD needs no optimizer state (AdamW 8 bytes a parameter in fp32)", "exactly 0 bytes", _state),
+    Claim("A", "SGD wants rates orders of magnitude above AdamW's (0.1 against 1e-6)", "at least 100 times", _rates),
+    Claim(
+        "A",
+        "momentum and gradient point apart in RL (cosine -0.007), and the same way in SFT (0.997)",
+        "below 0.1 in RL, above 0.5 in SFT",
+        _momentum_cosine,
+    ),
+    Claim(
+        "A",
+        "what AdamW divides by varies less in RL (2.3e-7) than in SFT (5.1e-6): an adaptive rate has little to do",
+        "SFT at least 5 times RL",
+        _sqrt_v,
+    ),
+    Claim(
+        "B",
+        "training the subnetwork alone gives the full run, within 1e-4, and its score",
+        f"all entries within 1e-4; pass@1's lower end above -{ALIKE}",
+        _subnetwork,
+    ),
+    Claim(
+        "B",
+        "KL term and gradient clipping matter little",
+        f"intervals of the differences within 0.05 (shares) and {ALIKE} (pass@1)",
+        _guards,
+    ),
+]
