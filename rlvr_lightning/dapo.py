@@ -77,6 +77,7 @@ class DAPO(GRPO):
                 raise ValueError("rewards.overlong is DAPO's own; rename it, or set overlong_tokens: 0")
             rewards = rewards | {"overlong": LengthPenalty(sampling.max_tokens, buffer)}
         super().__init__(rewards=rewards, objective=objective, sampling=sampling, handling=handling, **kwargs)
+        self.overlong_tokens = buffer
 
     def with_signal(self, scores: Scores) -> Tensor:
         """Bool [P]: groups that are neither all right nor all wrong, whatever their lengths."""

@@ -210,6 +210,32 @@ def test_a_resumed_run_is_the_uninterrupted_run(kind: str, folder: str, tmp_path
         fit(make(kind, folder, beta=0.9, **ours), kind, tmp_path, steps=5, batch=2, ckpt_path=last, **saving)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        ("dpo", "chosen", "answer 9"),
+        ("dpo", "rejected", "answer 9"),
+        ("kto", "completion", "9"),
+        ("kto", "label", True),
+        ("sft", "demonstration", "9"),
+    ],
+)
+def test_other_texts_behind_the_same_prompts_are_other_data(
+    kind: str,
+    name: str,
+    other: object,
+    folder: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    fit(make(kind, folder), kind, tmp_path, callbacks=[keep], enable_checkpointing=True)
+    first, *rest = texts(kind)
+    monkeypatch.setitem(globals(), "texts", lambda *_: ListedPrompts([first | {name: other}, *rest]))
+    with pytest.raises(ValueError, match=r"^data\.train: .* was made with .*: cannot resume"):
+        fit(make(kind, folder), kind, tmp_path, 2, ckpt_path=str(tmp_path / "last.ckpt"))
+
+
 # ---- what cannot be ----
 
 

@@ -24,6 +24,8 @@ FIXED = {
     "lora": "model.lora",
     "group_size": "model.group_size",
     "seed": "model.seed",
+    "value_lr": "model.value_lr",
+    "prm_lr": "model.prm_lr",
 }
 """Attribute of a module: field of the YAML. A checkpoint's state means nothing under other values."""
 FREE = {
@@ -40,20 +42,32 @@ FREE = {
     "weight": "model.weight",
     "good_weight": "model.good_weight",
     "bad_weight": "model.bad_weight",
+    "gamma": "model.gamma",
+    "lam": "model.lam",
+    "value_clip": "model.value_clip",
+    "baseline": "model.baseline",
+    "overlong_tokens": "model.overlong_tokens",
 }
 """The same, of what a run can go on with in another way: that is said, and done."""
+SCORING = ("model.rewards", "model.reward_weights", "model.stop")
+"""Fields of a module's scorer, likewise free."""
+LEARNED = ("prompt_ids", "chosen", "rejected", "completion", "label", "demonstration")
+"""Fields of a record that a step depends on."""
 NO_MATTER = {"steps", "foreach", "fused", "capturable", "differentiable"}
 """Arguments of optimizers that change no result."""
 
 
 def settings_of(module: Any) -> Settings:
     """The settings that decide what a module's run computes, by field of the YAML, made of JSON's types."""
-    found: Settings = {}
+    kind = type(module)
+    found: Settings = {"model.class_path": f"{kind.__module__}.{kind.__qualname__}"}
     for name, field in (FIXED | FREE).items():
         value = plain(getattr(module, name, None))
         found |= {f"{field}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {field: value}
     if found["model.model"]:
         found["model.model"] = Path(found["model.model"]).name  # the folder may have moved
+    if (scorer := getattr(module, "scorer", None)) is not None:
+        found |= dict(zip(SCORING, plain([scorer.settings(), scorer.weights, scorer.stop]), strict=True))
     if make := getattr(module, "make_optimizer", None):
         found |= optimizer_settings(make, getattr(module, "make_scheduler", None), getattr(module, "warmup_steps", 0))
     if batching := getattr(module, "batching", None):
@@ -80,12 +94,12 @@ def data_settings(data: Any) -> Settings:
     loader: Any = data.train_dataloader() if hasattr(data, "prompts_per_step") else None
     if not hasattr(loader, "records"):
         return {}
-    ids = json.dumps([record["prompt_ids"] for record in loader.records]).encode()
+    learned = json.dumps([[record.get(name) for name in LEARNED] for record in loader.records], default=str).encode()
     return {
         "data.prompts_per_step": data.prompts_per_step,
         "data.seed": data.seed,
         "data.curriculum": plain(data.curriculum),
-        "data.train": f"{len(loader.records)} prompts, sha256 {hashlib.sha256(ids).hexdigest()[:12]}",
+        "data.train": f"{len(loader.records)} prompts, sha256 {hashlib.sha256(learned).hexdigest()[:12]}",
     }
 
 
@@ -110,7 +124,7 @@ def check_settings(then: Settings, now: Settings, path: Any) -> None:
     Raises:
         ValueError: one differs that cannot; names it.
     """
-    free = tuple(f"{field}." for field in (*FREE.values(), "model.batching"))
+    free = tuple(f"{field}." for field in (*FREE.values(), *SCORING, "model.batching"))
     changed = [field for field in {**then, **now} if then.get(field) != now.get(field)]
     for field in changed:
         if not f"{field}.".startswith(free):
