@@ -47,9 +47,7 @@ def analyse(step: FirstStep, options: argparse.Namespace) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """For people."""
-    print(
-        f"{record['algorithm']} on {Path(record['model']).name}: {record['parameters']:,} parameters of norm", end=" "
-    )
+    print(f"{record['algorithm']} on {record['model']}: {record['parameters']:,} parameters of norm", end=" ")
     print(f"{record['weight_norm']:.4g}, loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}")
     rows = [[f"{one['value']:.5g}", f"{one['residual']:.2g}"] for one in record["eigenvalues"]]
     title = f"largest eigenvalues of the Hessian, {record['products']} products, steps of {record['step']:.3g}"

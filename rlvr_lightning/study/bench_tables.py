@@ -9,6 +9,7 @@
 <!-- bench traffic_models --> the same in closed form for larger models
 <!-- bench errors -->         predicted and simulated memory against counted (`profiling/errors.py`)
 <!-- bench sparsity -->       comparing two models against loading both (`profiling/bench_sparsity.py`)
+<!-- bench curvature -->       largest eigenvalues of the Hessian at the start (`curvature`), of all `curvature_*.json`
 <!-- bench same_numbers -->   runs in several processes against the same in one (`tests/test_strategy.py`)
 <!-- bench sandbox -->        programs a second under the code reward (`profiling/bench_sandbox.py`)
 <!-- end -->
@@ -193,6 +194,18 @@ def traffic_models_table(record: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def curvature_table(results: Path) -> str:
+    """Of the records of `curvature --json`: eigenvalues, within their residuals."""
+    rows = [["config", "loss", "gradient norm", "largest eigenvalues", "each within"]]
+    for path in sorted(results.glob("curvature_*.json")):
+        record = json.loads(path.read_text())
+        values = ", ".join(f"{one['value']:.2f}" for one in record["eigenvalues"])
+        within = max(one["residual"] for one in record["eigenvalues"])
+        loss = [f"{record[name]:.3f}" for name in ("loss", "grad_norm")]
+        rows.append([f"`{record['config']}`", *loss, values, f"{within:.1g}"])
+    return markdown(rows)
+
+
 def same_numbers_table(record: dict[str, Any]) -> str:
     """Of `results/same_numbers.json`: how far the weights of each run are from those of the run in one process."""
     worlds = list(record["processes"])
@@ -288,6 +301,8 @@ def _table(what: str, results: Path) -> str:
         "same_numbers": ("same_numbers.json", same_numbers_table),
         "sandbox": ("bench_sandbox.json", sandbox_table),
     }
+    if what == "curvature":
+        return curvature_table(results)
     file, make = makers.get(what, (f"bench_{what}.json", memory_table))
     return make(json.loads((results / file).read_text()))
 
