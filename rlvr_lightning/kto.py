@@ -1,8 +1,10 @@
 """KTO: completions that are good or bad, each by itself, against how far the policy is from the reference.
 
 How far is estimated in every batch, before it is learned from, by completions behind the prompts of others: text i's
-prompt and text i+1's completion, over the whole batch and all ranks (arXiv 2402.01306, section 4.1). So a batch should
-have some dozens of texts, in an order in which good and bad ones are mixed; `PromptData` draws such an order.
+prompt and text i+1's completion, over the whole batch and all ranks (arXiv 2402.01306, section 4.1); and where such
+neighbours have the same prompt, as in files of several completions a prompt, that of a text further on. So a batch
+should have some dozens of texts, of several prompts, in an order in which good and bad ones are mixed; `PromptData`
+draws such an order for training.
 
 Logged: `rewards/chosen` and `rewards/rejected`, the mean implicit reward of good and of bad completions,
 `rewards/margin`, their difference, `rewards/accuracy`, the share of completions on the right side of the estimate (one
@@ -80,10 +82,7 @@ class KTO(Offline):
     def before(self, texts: Sequence[Text]) -> dict[str, Any]:
         """The estimate of KL(policy || reference)."""
         assert self.reference is not None
-        mismatched = [
-            replace(text, completions=texts[(i + 1) % len(texts)].completions) for i, text in enumerate(texts)
-        ]
-        mine = self._share(mismatched) if len(texts) > 1 else []
+        mine = self._share(mismatched(texts))
         now, _ = self.logprobs(mine, lambda rollouts: self.policy(rollouts).logprobs)
         then, _ = self.logprobs(mine, self.reference.logprobs)
         everyones = [pair for part in self.ranks.gather(torch.cat([now, then], 1).tolist()) for pair in part]
@@ -103,3 +102,21 @@ class KTO(Offline):
         if {"rewards/chosen", "rewards/rejected"} <= set(found):
             found["rewards/margin"] = found["rewards/chosen"] - found["rewards/rejected"]
         return found
+
+
+def mismatched(texts: Sequence[Text]) -> list[Text]:
+    """Each text with the completion some places further on, cyclically, without those that have the same prompt.
+
+    As many places as keep the most texts, and of these the fewest; then each completion is taken once at most.
+
+    Example:
+        >>> some = [Text(prompt_ids=[p], completions=[[c]]) for p, c in ((1, 5), (1, 6), (2, 7), (2, 8))]
+        >>> [(text.prompt_ids, text.completions) for text in mismatched(some)]
+        [([1], [[7]]), ([1], [[8]]), ([2], [[5]]), ([2], [[6]])]
+    """
+    prompts, num = [tuple(text.prompt_ids) for text in texts], len(texts)
+    kept = [[i for i in range(num) if prompts[i] != prompts[(i + shift) % num]] for shift in range(1, num)]
+    if not kept:
+        return []
+    best = max(range(num - 1), key=lambda at: len(kept[at]))  # the first of equal ones
+    return [replace(texts[i], completions=texts[(i + best + 1) % num].completions) for i in kept[best]]

@@ -41,12 +41,13 @@ class SFT(Offline):
         optimizer: any torch optimizer; called with the trainable parameters.
         scheduler: of the learning rate, stepped after every optimizer step; constant when null.
         from_scratch: start from random weights, drawn with the seed, instead of the model's own.
-        export_to: folder that receives the model and its tokenizer at the end of the fit; not written when null.
+        export_to: folder that receives the model and its tokenizer at the end of the fit; not written when null. Of
+            checkpoints with `lora`, `python -m rlvr_lightning export` writes one.
         export_dtype: of the exported weights.
         kwargs: see `Offline` and `PolicyModule`.
 
     Raises:
-        ValueError: the model cannot be found, or `export_to` is its own folder.
+        ValueError: the model cannot be found; `export_to` is its own folder, or goes with `lora`.
     """
 
     field = "demonstration"
@@ -67,6 +68,11 @@ class SFT(Offline):
         source = resolve_model(model)
         if export_to is not None and Path(export_to).resolve() == Path(source).resolve():
             raise ValueError(f"model.export_to must differ from the folder the model is read from, {source}")
+        if export_to is not None and kwargs.get("lora"):
+            raise ValueError(
+                "model.export_to does not merge adapters; leave it out with lora, and write the model of a checkpoint "
+                "with: python -m rlvr_lightning export"
+            )
         super().__init__(model=model, optimizer=optimizer, scheduler=scheduler, reference="none", **kwargs)
         self.from_scratch = from_scratch
         self.export_to, self.export_dtype = export_to, export_dtype

@@ -18,7 +18,8 @@ from rlvr_lightning.checkpoint import DeltaCheckpointIO
 from rlvr_lightning.data.prompts import ListedPrompts, PromptData
 from rlvr_lightning.data.texts import Demonstrations, Labels, Pairs
 from rlvr_lightning.dpo import DPO
-from rlvr_lightning.kto import KTO
+from rlvr_lightning.kto import KTO, mismatched
+from rlvr_lightning.offline import Text
 from rlvr_lightning.optim import SGD, GradientRelease
 from rlvr_lightning.orpo import ORPO
 from rlvr_lightning.policy import TINY, LoRA
@@ -115,6 +116,21 @@ def test_kto_compares_with_completions_of_others(folder: str, tmp_path: Path) ->
     assert float(metrics["val/held/rewards/kl"]) == pytest.approx(kl, abs=1e-4)
     assert float(metrics["val/held/rewards/chosen"]) == pytest.approx(sum(good) / len(good), abs=1e-4)
     assert float(metrics["val/held/rewards/accuracy"]) == pytest.approx(sum(right) / 7)
+
+
+def test_kto_takes_no_completion_of_the_same_prompt() -> None:
+    """As `samples` writes them: all completions of a prompt in a row."""
+
+    def made(*prompts: int) -> list[tuple[int, int]]:
+        given = [Text(prompt_ids=[p], completions=[[i]]) for i, p in enumerate(prompts)]
+        return [(text.prompt_ids[0], text.completions[0][0]) for text in mismatched(given)]
+
+    assert made(7, 7, 7, 8, 8, 8, 9, 9, 9) == list(
+        zip([7] * 3 + [8] * 3 + [9] * 3, [3, 4, 5, 6, 7, 8, 0, 1, 2], strict=True)
+    )
+    assert made(7, 8, 9) == [(7, 1), (8, 2), (9, 0)], "text i+1's, as in the paper"
+    assert made(7, 7, 7, 8) == [(7, 3), (8, 0)], "the others have none"
+    assert made(7, 7) == made(7) == made() == []
 
 
 def test_loss_of_a_step_is_the_naive_one(folder: str, tmp_path: Path) -> None:  # noqa: F811

@@ -17,7 +17,7 @@ from rlvr_lightning.data.arithmetic import Arithmetic, ArithmeticDemos
 from rlvr_lightning.data.prompts import PromptData
 from rlvr_lightning.offline import Text, ids_of, rollouts_of
 from rlvr_lightning.optim import SGD, GradientRelease
-from rlvr_lightning.policy import TINY, load_model, load_tokenizer
+from rlvr_lightning.policy import TINY, LoRA, load_model, load_tokenizer
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.rollout import HFEngine
 from rlvr_lightning.schema import Sample, Sampling
@@ -133,6 +133,10 @@ def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
     assert load_tokenizer(str(folder)).eos_token_id == 1
     with pytest.raises(ValueError, match=r"model\.export_to must differ"):
         SFT(str(folder), ADAMW, export_to=str(folder))
+    with pytest.raises(
+        ValueError, match=r"model\.export_to does not merge adapters; .* python -m rlvr_lightning export"
+    ):
+        SFT(str(folder), ADAMW, export_to=str(tmp_path / "other"), lora=LoRA(rank=2))
 
 
 def test_the_optimizer_has_no_default_whose_settings_another_would_take_over():

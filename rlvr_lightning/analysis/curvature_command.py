@@ -34,7 +34,7 @@ def analyse(step: FirstStep, options: argparse.Namespace) -> dict[str, Any]:
         found = top_eigenvalues(hessian, options.top, options.seed, lambda products: bar.update(products - bar.n))
     return {
         "algorithm": type(step.module).__name__,
-        "model": step.module.model_name,
+        "model": Path(step.module.model_name).name,
         "parameters": hessian.size,
         "weight_norm": hessian.norm,
         "loss": loss,
