@@ -133,9 +133,7 @@ def test_export_is_a_model_folder_and_tells_its_digest(blank, tmp_path, capsys):
     assert load_tokenizer(str(folder)).eos_token_id == 1
     with pytest.raises(ValueError, match=r"model\.export_to must differ"):
         SFT(str(folder), ADAMW, export_to=str(folder))
-    with pytest.raises(
-        ValueError, match=r"model\.export_to does not merge adapters; .* python -m rlvr_lightning export"
-    ):
+    with pytest.raises(ValueError, match=r"model\.export_to does not merge adapters; .* -m rlvr_lightning export"):
         SFT(str(folder), ADAMW, export_to=str(tmp_path / "other"), lora=LoRA(rank=2))
 
 
