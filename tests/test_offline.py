@@ -324,6 +324,16 @@ def test_labels_and_demonstrations_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("good", "bad"), [("true", "false"), ("True", "FALSE"), ("1", "0"), ("1.0", "0.0"), (" true", "False ")]
+)
+def test_labels_of_a_csv_file_are_texts(good: str, bad: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,completion,label\n1+1=,2,{good}\n1+2=,4,{bad}\n1+3=,4,maybe\n")
+    with pytest.warns(UserWarning, match=r"left out 1 rows, kept 2: a label that is neither true nor false"):
+        assert [record["label"] for record in Labels(str(file))] == [True, False]
+
+
+@pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
         (Pairs, {"prompt": "1", "chosen": "2"}, "no column 'rejected'; the columns are prompt, chosen; expected are"),

@@ -18,6 +18,8 @@ from rlvr_lightning.data.wording import Wording
 Part = Literal["all", "train", "held_out"]
 HELD_OUT = 10
 """One prompt in so many is held out."""
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""What a label may be, in any case of letters."""
 
 
 class Texts(ListedPrompts):
@@ -31,9 +33,10 @@ class Texts(ListedPrompts):
         config: which configuration of a data set on the hub.
         split: which split of a data set on the hub.
         wording: how the prompt is put.
-        num: keep this many, drawn at random; None keeps all, in order.
+        num: take this many of the usable rows, drawn at random; None takes all, in order.
         seed: of the drawing.
-        part: one prompt in ten is `held_out`, which one is a function of its text; the others are `train`.
+        part: which of those are kept: one prompt in ten is `held_out`, which one is a function of its text; the others
+            are `train`. So there are fewer than `num` of a part.
 
     Raises:
         ValueError: no such file, a missing column (names those found), or no usable row, and why.
@@ -77,7 +80,7 @@ class Pairs(Texts):
 
 
 class Labels(Texts):
-    """Records with `prompt`, `completion` and `label` (true or false).
+    """Records with `prompt`, `completion` and `label` (true or false, also as text; or 1 or 0).
 
     Args:
         path: name on the hub (`owner/name`) or a file.
@@ -119,12 +122,13 @@ def pair(row: Mapping[str, Any], _: random.Random) -> Problem:
 
 def labelled(row: Mapping[str, Any], _: random.Random) -> Problem:
     """A row with a label."""
-    if row["label"] not in (True, False):
+    label = str(row["label"]).strip().lower()  # a CSV file holds texts
+    if label not in LABELS:
         raise Unusable("a label that is neither true nor false")
     return {
         "problem": text_in(row, "prompt"),
         "completion": text_in(row, "completion"),
-        "label": bool(row["label"]),
+        "label": LABELS[label],
     }
 
 
