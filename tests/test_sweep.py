@@ -151,6 +151,19 @@ def test_checkpoints_of_finished_runs_are_kept_or_not(stand_in, keep):
     assert Path("results/s/runs/sgd-lr=0.1-seed=0/checkpoints").exists() == keep
 
 
+def test_a_run_that_is_redone_keeps_nothing_of_the_earlier_one(stand_in):
+    path = as_file(seeds=[0])
+    sweep.main(["--config", str(path)])
+    run = Path("results/s/runs/sgd-lr=0.1-seed=0")
+    old = [run / name for name in ("checkpoints/step=60.ckpt", "curvature.json", "problems_val.jsonl")]
+    for file in old:
+        file.write_text("of the run that took 60 steps")
+    sweep.main(["--config", str(path)])
+    assert all(file.exists() for file in old), "it was not redone"
+    sweep.main(["--config", str(path), "--redo"])
+    assert not any(file.exists() for file in old) and (run / "checkpoints").is_dir()
+
+
 def test_a_run_without_the_metric_is_a_failure(stand_in):
     assert sweep.main(["--config", str(as_file(metrics=["absent"], seeds=[0]))]) == 1
     record = load_records(Path("results/s"))["sgd-lr=0.1-seed=0"]

@@ -54,6 +54,7 @@ from rlvr_lightning.study.records import cells, curves, load_records, summaries
 
 SEED = "seed_everything"
 INTERRUPTED = (130, 143, -2, -15)
+OF_A_RUN = ("metrics.csv", "config.yaml", "*.json", "*.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +171,10 @@ def execute(run: Run, sweep: Sweep) -> dict[str, Any] | None:
     """Run one point as a process; its record, or None if it was interrupted."""
     folder = sweep.folder / "runs" / run.key
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("metrics.csv", "config.yaml", "memory.json", "sparsity.jsonl", "completions.jsonl", "why_sparse.jsonl"):
-        (folder / old).unlink(missing_ok=True)
+    for old in itertools.chain.from_iterable(folder.glob(name) for name in OF_A_RUN):
+        old.unlink()
+    if (folder / "checkpoints").is_dir():  # a longer run's last step would be taken for this one's
+        shutil.rmtree(folder / "checkpoints")
     environment = os.environ | {"OMP_NUM_THREADS": str(sweep.threads), "PYTHONUNBUFFERED": "1"}
     log = folder / "log.txt"
     start = time.time()
