@@ -9,7 +9,8 @@ wrong are drawn again (*dynamic sampling*); completions that fill the last fifth
 
 What differs from the paper: it fills the batch with other problems, and goes on until it is full; here the same
 problems are drawn again, at most `handling.resample_rounds` times, and what is still all right or all wrong then
-differs by length alone.
+differs by length alone. `reward/mean_first_draw` tells of the policy; `reward/mean` is of what was chosen by its
+rewards.
 
 Run it: ``python -m rlvr_lightning fit --config dapo.yaml``
 """
@@ -28,7 +29,7 @@ from rlvr_lightning.losses import Objective
 from rlvr_lightning.rewards.base import Reward
 from rlvr_lightning.rewards.score import Scores
 from rlvr_lightning.rewards.shape import LengthPenalty
-from rlvr_lightning.schema import Sampling
+from rlvr_lightning.schema import Rollouts, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,6 @@ class DAPO(GRPO):
         super().__init__(rewards=rewards, objective=objective, sampling=sampling, handling=handling, **kwargs)
         self.overlong_tokens = buffer
 
-    def with_signal(self, scores: Scores) -> Tensor:
+    def with_signal(self, rollouts: Rollouts, scores: Scores) -> Tensor:
         """Bool [P]: groups that are neither all right nor all wrong, whatever their lengths."""
         return has_signal(scores.parts[next(iter(self.scorer.rewards))], self.group_size)

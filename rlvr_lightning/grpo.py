@@ -152,10 +152,9 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             self.rollout_step += 1
             return  # the first batch is under way, and there is nothing to train on
         rollouts, scores, seconds = self.rollout(records)
-        log_scores(self, rollouts, scores)
-        self.log_dict(tell_curriculum(self, records, scores))
+        log_scores(self, rollouts, scores, self.earned(rollouts, scores))
         experience = self.judge(rollouts, scores, records)
-        warn_without_signal(self, scores)
+        warn_without_signal(self, self.earned(rollouts, scores))
         learning = time.perf_counter()
         self.learn(experience)
         self._phase("")
@@ -170,10 +169,18 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
         self.rollout_step += 1
 
     def rollout(self, records: list[Record]) -> tuple[Rollouts, Scores, dict[str, float]]:
-        """Sample G completions of each prompt and score them; draw again, if asked to, groups without signal."""
+        """Sample G completions of each prompt and score them; draw again, if asked to, groups without signal.
+
+        What is drawn again is chosen by its rewards, so it says little of the policy: the curriculum and
+        `reward/mean_first_draw` are of the first draw, all else that is logged is of what is learned from.
+        """
         rollouts, scores, seconds = self._sample_and_score(records, round_=0)
+        self.log_dict(tell_curriculum(self, records, scores))
+        if self.handling.resample_rounds:
+            total, count = self.ranks.sum(torch.stack([scores.total.sum(), torch.tensor(len(scores.total))])).tolist()
+            self.log("reward/mean_first_draw", total / max(count, 1))
         for round_ in range(1, self.handling.resample_rounds + 1):
-            dull = (~self.with_signal(scores)).nonzero()[:, 0].tolist()
+            dull = (~self.with_signal(rollouts, scores)).nonzero()[:, 0].tolist()
             if not self.ranks.any(bool(dull)):
                 break
             again, rescored, more = self._sample_and_score([records[p] for p in dull], round_)
@@ -182,9 +189,14 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             seconds = {name: value + more[name] for name, value in seconds.items()}
         return rollouts, scores, seconds
 
-    def with_signal(self, scores: Scores) -> Tensor:
+    def with_signal(self, rollouts: Rollouts, scores: Scores) -> Tensor:
         """Bool [P]: groups that need not be drawn again."""
-        return has_signal(scores.total, self.group_size)
+        return has_signal(self.earned(rollouts, scores), self.group_size)
+
+    def earned(self, rollouts: Rollouts, scores: Scores) -> Tensor:
+        """Rewards, float32 [R], less the penalty of cut completions if there is one (`handling.truncated`)."""
+        rewards = scores.total.to(rollouts.truncated.device)
+        return rewards - rollouts.truncated.float() if self.handling.truncated == "penalize" else rewards
 
     def _sample_and_score(self, records: list[Record], round_: int) -> tuple[Rollouts, Scores, dict[str, float]]:
         self._phase("rollout")
@@ -208,11 +220,8 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
 
     def judge(self, rollouts: Rollouts, scores: Scores, records: list[Record]) -> Experience:
         """Advantages, the mask of tokens that count, and the reference's log-probs."""
-        rewards = scores.total.to(rollouts.completion_ids.device)
-        mask = rollouts.completion_mask
-        if self.handling.truncated == "penalize":
-            rewards = rewards - rollouts.truncated.float()
-        elif self.handling.truncated == "mask":
+        rewards, mask = self.earned(rollouts, scores), rollouts.completion_mask
+        if self.handling.truncated == "mask":
             mask = mask & ~rollouts.truncated[:, None]
         ref_logprobs = None
         if self.reference is not None:

@@ -111,8 +111,14 @@ class RolloutMetrics(_Exact):
         self.add_state("groups", [], dist_reduce_fx="cat")
         self.add_state("failed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rollouts: Rollouts, scores: Scores) -> None:
-        """Add the rollouts of one rank, whole groups; every rank's scores have the same parts."""
+    def update(self, rollouts: Rollouts, scores: Scores, rewards: Tensor) -> None:
+        """Add the rollouts of one rank, whole groups; every rank's scores have the same parts.
+
+        Args:
+            rollouts: of P prompts, R completions.
+            scores: of these.
+            rewards: float [R], what is learned from: the scores less penalties. They say which groups have a signal.
+        """
         self.parts = list(scores.parts)
         columns = [scores.total, rollouts.lengths.cpu(), rollouts.truncated.cpu(), *scores.parts.values()]
         self.completions.append(torch.stack([column.double() for column in columns], 1).flatten())
@@ -121,22 +127,27 @@ class RolloutMetrics(_Exact):
         for prompt in range(len(distinct) if scores.answers else 0):
             answers = set(scores.answers[prompt * group : (prompt + 1) * group]) - {None}
             distinct[prompt] = len(answers)
-        signal = has_signal(scores.total, group) if len(distinct) else distinct
-        self.groups.append(torch.stack([signal.double(), distinct], 1).flatten())
+        signal = has_signal(rewards.cpu(), group).double() if group > 1 else torch.full_like(distinct, torch.nan)
+        self.groups.append(torch.stack([signal, distinct], 1).flatten())
         self.failed += scores.failed
 
     def compute(self) -> dict[str, float]:
-        """By name; `response/distinct_answers`, a mean over groups, only where the first reward names answers."""
+        """By name.
+
+        Of groups: `reward/no_signal_frac` where they have several completions, and `response/distinct_answers`, a mean,
+        where the first reward names answers.
+        """
         total, length, truncated, *parts = dim_zero_cat(self.completions).view(-1, 3 + len(self.parts)).T
         signal, distinct = dim_zero_cat(self.groups).view(-1, 2).T
         metrics = {
             "reward/mean": total.mean(),
             "response/length_mean": length.mean(),
             "reward/std": total.std(),
-            "reward/no_signal_frac": 1 - signal.mean(),
             "reward/failed": self.failed,
             "response/truncated_frac": truncated.mean(),
         } | {f"reward/{name}": values.mean() for name, values in zip(self.parts, parts, strict=True)}
+        if not signal.isnan().any():
+            metrics["reward/no_signal_frac"] = 1 - signal.mean()
         if not distinct.isnan().any():
             metrics["response/distinct_answers"] = distinct.mean()
         return {name: float(value) for name, value in metrics.items()}

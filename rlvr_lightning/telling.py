@@ -18,10 +18,17 @@ from rlvr_lightning.schema import Rollouts
 from rlvr_lightning.scoring import no_signal
 
 
-def log_scores(module: Any, rollouts: Rollouts, scores: Scores) -> None:
-    """Rewards and lengths, over all ranks; called by all together."""
+def log_scores(module: Any, rollouts: Rollouts, scores: Scores, rewards: Tensor) -> None:
+    """Rewards and lengths, over all ranks; called by all together.
+
+    Args:
+        module: a GRPO.
+        rollouts: of this rank.
+        scores: of its R completions.
+        rewards: float32 [R], what is learned from: the scores less penalties.
+    """
     measured = RolloutMetrics(**over(module.ranks))
-    measured.update(rollouts, scores)
+    measured.update(rollouts, scores, rewards)
     metrics = measured.compute()
     for name in ("reward/mean", "response/length_mean"):
         module.log(name, metrics.pop(name), prog_bar=True)
@@ -82,11 +89,16 @@ def log_updates(module: Any, made: Sequence[Mapping[str, float]]) -> None:
     module.log_dict(values)
 
 
-def warn_without_signal(module: Any, scores: Scores) -> None:
-    """Show some completions of the run's first batch if there is nothing to learn from in it; called by all ranks."""
+def warn_without_signal(module: Any, rewards: Tensor) -> None:
+    """Show some completions of the run's first batch if there is nothing to learn from in it; called by all ranks.
+
+    Args:
+        module: a GRPO; of groups of one, or with a baseline beside the group, everything teaches.
+        rewards: float32 [R], what is learned from: the scores less penalties.
+    """
     if module.rollout_step != (module.ahead is not None) or module.least_group == 1:
         return
-    if not module.ranks.any(bool(has_signal(scores.total, module.group_size).any())):
+    if not module.ranks.any(bool(has_signal(rewards, module.group_size).any())):
         rank_zero_warn(no_signal(module.last_samples, module.group_size))
 
 

@@ -255,12 +255,31 @@ def test_truncated_completions_are_masked_or_penalized(folder: str, tmp_path: Pa
 
 
 def test_groups_without_signal_are_drawn_again(folder: str, tmp_path: Path) -> None:
-    dull = {}
+    dull, means = {}, {}
     for rounds in (0, 3):
         model = module(folder, group_size=2, handling=Handling(resample_rounds=rounds))
         trainer = fit(model, tmp_path, steps=1)
         dull[rounds] = float(trainer.callback_metrics["reward/no_signal_frac"])
+        means[rounds] = trainer.callback_metrics
     assert dull[3] < dull[0]
+    assert "reward/mean_first_draw" not in means[0]
+    assert float(means[3]["reward/mean_first_draw"]) == pytest.approx(float(means[0]["reward/mean"]))
+    assert means[3]["reward/mean"] != means[0]["reward/mean"]
+
+
+def test_a_penalty_is_a_signal(folder: str, tmp_path: Path) -> None:
+    """All answers are alike to the reward; some are cut."""
+    ours = {"rewards": {"one": Constant()}, "sampling": Sampling(max_tokens=5)}
+    dull = {}
+    for mode in ("keep", "penalize"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = module(folder, handling=Handling(truncated=mode), **ours)
+            trainer = fit(model, tmp_path, steps=1)
+        told = any("no signal" in str(warning.message) for warning in caught)
+        dull[mode] = (float(trainer.callback_metrics["reward/no_signal_frac"]), told)
+    assert dull["keep"] == (1, True)
+    assert dull["penalize"][0] < 1 and not dull["penalize"][1]
 
 
 def test_lora_trains_adapters_against_the_bare_model(folder: str, tmp_path: Path) -> None:

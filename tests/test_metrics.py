@@ -101,7 +101,7 @@ def test_rollout_metrics_by_hand() -> None:
     total = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0])
     answers = ["4", "5", "4", "7", None, None]
     metric = RolloutMetrics()
-    metric.update(rollouts, Scores(total=total, parts={"x": total * 3}, failed=1, answers=answers))
+    metric.update(rollouts, Scores(total=total, parts={"x": total * 3}, failed=1, answers=answers), total)
     found = metric.compute()
     assert found == {
         "reward/mean": 1.0,
@@ -114,8 +114,14 @@ def test_rollout_metrics_by_hand() -> None:
         "response/distinct_answers": 1.5,
     }
     silent = RolloutMetrics()
-    silent.update(rollouts, Scores(total=total, parts={}, failed=0))
+    docked = total - torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    silent.update(rollouts, Scores(total=total, parts={}, failed=0), docked)
     assert "response/distinct_answers" not in silent.compute()
+    assert silent.compute()["reward/no_signal_frac"] == 0, "the penalty tells the second group's apart"
+    alone, single = random_rollouts(group=1), RolloutMetrics()
+    ones = torch.ones(len(alone.truncated))
+    single.update(alone, Scores(total=ones, parts={}, failed=0), ones)
+    assert "reward/no_signal_frac" not in single.compute()
 
 
 def test_policy_metrics_are_means_over_tokens() -> None:
