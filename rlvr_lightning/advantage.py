@@ -175,7 +175,8 @@ def process_advantages(process: Tensor, rewards: Tensor, mask: Tensor, group: in
     """Returns to go of process rewards and outcomes, each against the others of the group: PRIME (arXiv 2502.01456).
 
     Eq. 5: A_t = sum over s >= t of gamma^(s - t) * (process_s - mean over others j of their mean process reward) +
-    reward - mean over others j of their reward.
+    reward - mean over others j of their reward. Completions without a token that counts have no process reward, and are
+    not among the others of that mean; of outcomes they are.
 
     Args:
         process: float [R, T], reward of each token.
@@ -196,7 +197,8 @@ def process_advantages(process: Tensor, rewards: Tensor, mask: Tensor, group: in
     """
     outcome = group_advantages(rewards, group, "leave_one_out")
     means = process.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-    grouped = means.view(-1, group)
-    baseline = ((grouped.sum(1, keepdim=True) - grouped) / (group - 1)).flatten()
+    grouped, there = means.view(-1, group), mask.any(1).view(-1, group)  # the means of the others are 0
+    others = (there.sum(1, keepdim=True) - there.long()).clamp(min=1)
+    baseline = ((grouped.sum(1, keepdim=True) - grouped) / others).flatten()
     returns = gae(process - baseline[:, None], torch.zeros_like(process), mask, gamma)
     return (returns + outcome[:, None]).masked_fill(~mask, 0.0)

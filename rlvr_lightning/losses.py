@@ -294,15 +294,16 @@ def outcome_loss(process_rewards: Tensor, labels: Tensor, mask: Tensor, completi
         completions: that have one, in the whole step: the loss is their mean.
 
     Returns:
-        The loss, and over completions the sums of `prm_loss` and `prm_right` (1 where the likelier side is the label).
+        The loss, and over completions the sums of `prm_loss` and `prm_right` (1 where the likelier side is the label,
+        one half where neither is).
 
     Example:
         >>> out = outcome_loss(torch.zeros(2, 3), torch.tensor([1.0, 0.0]), torch.ones(2, 3).bool(), completions=4)
-        >>> round(float(out.loss), 4)  # 2 ln 2 / 4
-        0.3466
+        >>> round(float(out.loss), 4), float(out.metrics["prm_right"])  # 2 ln 2 / 4
+        (0.3466, 1.0)
     """
     logits = process_rewards.masked_fill(~mask, 0.0).sum(1)
     each = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none") * mask.any(1)
-    right = ((logits > 0) == (labels > 0.5)) & mask.any(1)
-    metrics = {"prm_loss": each.detach().sum(), "prm_right": right.sum().float()}
+    right = torch.where(logits == 0, 0.5, ((logits > 0) == (labels > 0.5)).float()) * mask.any(1)
+    metrics = {"prm_loss": each.detach().sum(), "prm_right": right.sum()}
     return LossOutput(loss=each.sum() / max(completions, 1), metrics=metrics)

@@ -86,6 +86,16 @@ def test_process_advantages_equal_naive(gamma: float, group: int) -> None:
     assert not out[~MASK].any()
 
 
+def test_a_masked_completion_is_no_zero_among_the_others() -> None:
+    """Three completions with process rewards 2, 4 and none: the baselines are 4, 2 and 3, not 2, 1 and 2."""
+    process = torch.tensor([[2.0, 2.0], [4.0, 4.0], [9.0, 9.0]])
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+    out = process_advantages(process, torch.ones(3), mask, 3)
+    assert out.tolist() == [[-4.0, -2.0], [4.0, 2.0], [0.0, 0.0]]
+    mask[1] = False
+    assert process_advantages(process, torch.ones(3), mask, 3)[0].tolist() == [4.0, 2.0], "no others: no baseline"
+
+
 def test_groups_that_teach() -> None:
     """Three groups of two: tokens differ, only a masked one does, none does."""
     advantages = torch.zeros(6, 7)
@@ -126,6 +136,8 @@ def test_outcome_loss_equals_naive() -> None:
     assert float(out.loss) == pytest.approx(reference.outcome_loss(rows, labels.tolist(), 9))
     right = sum((sum(row) > 0) == (label > 0.5) for row, label in zip(rows, labels.tolist(), strict=True) if row)
     assert int(out.metrics["prm_right"]) == right
+    even = outcome_loss(torch.zeros(3, 2), torch.tensor([1.0, 0.0, 0.0]), torch.ones(3, 2).bool(), completions=3)
+    assert float(even.metrics["prm_right"]) == 1.5, "ties count one half"
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
