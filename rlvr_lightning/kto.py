@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from rlvr_lightning.offline import Offline, Record, Text, ids_of
+from rlvr_lightning.offline import Offline, Record, Text, ids_of, keys
 from rlvr_lightning.preference import check_positive
 from rlvr_lightning.preference_losses import kto_kl, kto_loss
 from rlvr_lightning.schema import LossOutput
@@ -71,12 +71,11 @@ class KTO(Offline):
 
     def text_of(self, record: Record) -> Text:
         """The completion and its label."""
-        ids = ids_of(record, "completion", self.tokenizer)
-        if not isinstance(record["label"], bool):
-            raise ValueError(
-                f"data: record {record.get('index')} has the label {record['label']!r}; make it true or false"
-            )
-        return Text(prompt_ids=record["prompt_ids"], completions=[ids], good=record["label"])
+        ids, label = ids_of(record, "completion", self.tokenizer), record.get("label")
+        if not isinstance(label, bool):
+            said = f"the label {label!r}" if "label" in record else f"no label; its fields are {keys(record)}"
+            raise ValueError(f"data: record {record.get('index')} has {said}; make it true or false")
+        return Text(prompt_ids=record["prompt_ids"], completions=[ids], good=label)
 
     @torch.no_grad()
     def before(self, texts: Sequence[Text]) -> dict[str, Any]:

@@ -269,6 +269,18 @@ def test_bad_pairs_are_named(record: dict, message: str, folder: str) -> None:  
 
 
 @pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"completion": "1"}, "record 4 has no label; its fields are completion, prompt; make it true or false"),
+        ({"completion": "1", "label": "true"}, "record 4 has the label 'true'; make it true or false"),
+    ],
+)
+def test_bad_labels_are_named(record: dict, message: str, folder: str) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        make("kto", folder).text_of({"prompt": "1=", "prompt_ids": [3], "index": 4} | record)
+
+
+@pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
         ("dpo", {"beta": 0.0}, "model.beta must be positive, got 0"),
