@@ -18,6 +18,7 @@ from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.subnetwork_command import main, pairs
 from rlvr_lightning.optim.subnetwork import load_subnetwork
 from rlvr_lightning.policy import TINY
+from rlvr_lightning.study.sweep import Sweep, describe
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,10 @@ def test_a_mask_of_all_that_changed_in_fp32_gives_the_full_run(tmp_path, monkeyp
     if steps == 1:
         assert record["identical"] == record["entries"]
         assert record["metrics"]["full"] == record["metrics"]["subnetwork"]
+        assert main(["check", "--config=sgd.yaml", "--out=c", "--view=bf16", *small]) == 0
+        other = json.loads(Path("c/check.json").read_text())
+        assert 0 < other["trained"] < record["trained"], "another mask"
+        assert other["frozen_but_moved"] == 0, "and a run of that mask, not of the one before"
 
 
 def test_a_check_that_cannot_be_is_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys):
@@ -189,3 +194,13 @@ def test_a_check_that_cannot_be_is_refused_before_anything_is_trained(tmp_path, 
     assert main(arguments) == 2
     assert "with weight_decay 0.01 would move what is frozen" in capsys.readouterr().err
     assert not list(Path("d").iterdir())
+
+
+def test_a_check_does_not_go_on_with_runs_of_another_version_of_its_config(tmp_path):
+    sweep = Sweep(name="s", configs={"full": ["sgd.yaml"]}, metrics=["update/lr"], out=str(tmp_path))
+    (run,) = sweep.runs()
+    record = describe(run, sweep) | {"status": "ok", "configs_sha256": {"sgd.yaml": "0"}}
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / f"{run.key}.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"holds a full run of another version of sgd.yaml; choose another folder"):
+        subnetwork_check._train("full", "sgd.yaml", {}, tmp_path, 0)

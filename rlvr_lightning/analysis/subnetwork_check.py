@@ -17,6 +17,7 @@ from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.weights import Weights
 from rlvr_lightning.callbacks.run_files import write_json
 from rlvr_lightning.configuration import find_config
+from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.delta.tensor import bits
 from rlvr_lightning.optim.subnetwork import Subnetwork
 from rlvr_lightning.study.records import curves, load_records
@@ -37,7 +38,8 @@ def check(config: str, settings: Mapping[str, str], out: Path, view: View, seed:
         seed: of both runs.
 
     Raises:
-        ValueError: the optimizer would move what is frozen, or a run failed.
+        ValueError: the optimizer would move what is frozen, a run failed, or one that is there was trained with other
+            contents of the config.
     """
     some_file = find_config(config)  # any will do: it is settings that are looked at
     given = [f"--{name}={value}" for name, value in settings.items()]
@@ -45,7 +47,9 @@ def check(config: str, settings: Mapping[str, str], out: Path, view: View, seed:
     full = _train("full", config, settings, out, seed)
     base_name = yaml.safe_load((full / "config.yaml").read_text())["model"]["init_args"]["model"]
     base, tuned = open_weights("BASE", base_name), open_weights("FULL", str(full))
-    subnetwork, path = changed(base, tuned, view), out / "mask.safetensors"
+    subnetwork = changed(base, tuned, view)
+    # the name is in the command of the run, which is trained anew where its command is another
+    path = out / f"mask-{digest_state(subnetwork.bits)[:16]}.safetensors"
     subnetwork.save(path)
     alone = _train("subnetwork", config, {**settings, "model.init_args.subnetwork": str(path)}, out, seed)
     record = compare(base, tuned, open_weights("SUBNETWORK", str(alone)), subnetwork)
@@ -66,7 +70,9 @@ def _train(label: str, config: str, settings: Mapping[str, str], out: Path, seed
         out=str(out),
     )
     (run,) = sweep.runs()
-    todo, _ = pending(sweep)
+    todo, changed_since = pending(sweep)
+    if changed_since:
+        raise ValueError(f"--out: {out} holds a {label} run of another version of {config}; choose another folder")
     if run_all(sweep, todo):
         last = load_records(out)[run.key]["last_lines"][-1]
         raise ValueError(f"the {label} run failed, see {out / 'runs' / run.key / 'log.txt'}: {last}")
