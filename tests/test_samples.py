@@ -79,6 +79,11 @@ def test_mistakes_are_one_line(kind: str, options: list[str], message: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stop_string_that_texts_lose_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"model\.stop: texts are written without \['='\] and what follows"):
+        assert draw(tmp_path, "labels", "--num=3", "--n=2", '--model.stop=["="]') == 0
+
+
 def test_a_file_is_not_overwritten(tmp_path: Path, capsys) -> None:
     (tmp_path / "pairs.jsonl").write_text("mine\n")
     assert outcome(tmp_path, "pairs") == 2
