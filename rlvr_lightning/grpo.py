@@ -228,17 +228,30 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             self._phase("reference")
             ref_logprobs = self._without_grad(self.reference.logprobs, rollouts)
         nothing = torch.zeros_like(rewards)
-        found = Experience(rollouts=rollouts, advantages=nothing, mask=mask, ref_logprobs=ref_logprobs)
+        own = self._own_logprobs(rollouts)
+        found = Experience(
+            rollouts=rollouts, advantages=nothing, mask=mask, ref_logprobs=ref_logprobs, old_logprobs=own
+        )
         experience = self.credit(found, rewards, scores)
         samples = self.scorer.samples(rollouts, records)
         told = describe(samples, scores, of_completions(experience.advantages, mask), self.rollout_step)
         if self.ahead is not None:
             told = [sample | {"staleness": lag} for sample, lag in zip(told, self.ahead.lags, strict=True)]
         self.last_samples = told if self.layout.tensor.rank == 0 else []  # the others have the same
-        if self.objective.correction == "none" or self.batching.minibatches * self.batching.passes == 1:
-            return experience  # the only update finds the policy as it is
-        before = self._without_grad(lambda some, temperature: self.policy(some, temperature).logprobs, rollouts)
-        return replace(experience, old_logprobs=before)
+        return experience if self._corrects_later else replace(experience, old_logprobs=None)
+
+    @property
+    def _corrects_later(self) -> bool:
+        """Whether a correction will find a policy that has moved since the rollouts; the first update does not."""
+        return self.objective.correction != "none" and self.batching.minibatches * self.batching.passes > 1
+
+    def _own_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """The policy's own, float32 [R, T], of now; None where nothing asks for them, or the sampler's are the same."""
+        same = self.objective.correction == "none" and self.sampling.top_p == 1 and self.sampling.top_k == 0
+        penalized = self.objective.kl_coef > 0 and not self.objective.kl_in_loss
+        if not self._corrects_later and (same or not penalized):
+            return None
+        return self._without_grad(lambda some, temperature: self.policy(some, temperature).logprobs, rollouts)
 
     def credit(self, found: Experience, rewards: Tensor, scores: Scores) -> Experience:
         """The experience with its advantages: here of whole completions, against their groups.
@@ -253,10 +266,15 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
         return replace(found, advantages=group_advantages(rewards, self.group_size, self.advantage))
 
     def kl_penalty(self, found: Experience) -> Tensor | None:
-        """What a KL term in the reward takes off each token, float32 [R, T]; None if there is no such term."""
+        """What a KL term in the reward takes off each token, float32 [R, T]; None if there is no such term.
+
+        A sampler that cuts tails off (`top_p`, `top_k`) has higher log-probs than the policy, which would be a tax on
+        length: then they are the policy's own.
+        """
         if self.objective.kl_coef == 0 or self.objective.kl_in_loss:
             return None
-        gap = found.rollouts.rollout_logprobs - cast(Tensor, found.ref_logprobs)
+        own = found.rollouts.rollout_logprobs if found.old_logprobs is None else found.old_logprobs
+        gap = own - cast(Tensor, found.ref_logprobs)
         return (self.objective.kl_coef * gap).masked_fill(~found.mask, 0.0)
 
     def _without_grad(self, logprobs: Callable[[Rollouts, float], Tensor], rollouts: Rollouts) -> Tensor:

@@ -191,6 +191,19 @@ def test_rloo_compares_with_the_others_after_the_kl_penalty(folder, tmp_path: Pa
     assert model.told["policy/kl_k1"][1] != 0
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 2}])
+@pytest.mark.parametrize("correction", ["none", "truncate"])
+def test_a_sampler_that_cuts_tails_off_is_no_tax_on_length(cut, correction: str, folder, tmp_path: Path) -> None:  # noqa: F811
+    objective = RLOOObjective(kl_coef=0.3, correction=correction)
+    model = module(recording(RLOO), folder, objective=objective, sampling=Sampling(max_tokens=9, **cut))
+    fit(model, tmp_path, steps=1)
+    seen = model.seen[0]  # the policy is its reference
+    assert (seen.rollouts.rollout_logprobs - seen.ref_logprobs)[seen.mask].mean() > 0.1
+    expected = reference.advantages(rewards_of(model), 4, "leave_one_out")
+    assert seen.advantages.tolist() == pytest.approx(expected, abs=1e-4)
+    assert seen.old_logprobs is None
+
+
 @pytest.mark.parametrize("baseline", ["none", "mean"])
 def test_reinforce_pp_standardizes_returns_over_the_batch(baseline: str, folder, tmp_path: Path) -> None:  # noqa: F811
     model = module(recording(ReinforcePP), folder, objective=ReinforcePPObjective(kl_coef=0.3), baseline=baseline)
