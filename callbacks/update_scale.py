@@ -77,7 +77,7 @@ def octaves(histogram: Tensor) -> dict[str, int]:
     return {str(LOW + k): count for k, count in enumerate(by_octave) if count}
 
 
-COUNTS = ("entries", "no_gradient", "no_update", "below_half_unit", "changed_bf16")
+COUNTS = ("entries", "no_gradient", "no_update", "below_half_unit", "changed_bf16", "unknown_update")
 
 
 def update_counts(old: Tensor, new: Tensor, update: Tensor, grad: Tensor) -> Tensor:
@@ -86,28 +86,28 @@ def update_counts(old: Tensor, new: Tensor, update: Tensor, grad: Tensor) -> Ten
     Args:
         old: float [n], the weights before the step, as they are stored.
         new: float [n], and after it.
-        update: float [n], what the step wanted to add to the exact weight.
+        update: float [n], what the step wanted to add to the exact weight; NaN where that is not known.
         grad: float [n].
 
     Returns:
         int64 [COUNTS + BINS]: entries, those with a gradient of 0, with an update of 0, with one below half a unit in
-        the last place of the bfloat16 weight, and those whose bfloat16 value changed; then the histogram of
-        |update| / half a unit, of updates that are not 0 and finite.
+        the last place of the bfloat16 weight, those whose bfloat16 value changed, and those whose update is NaN; then
+        the histogram of |update| / half a unit, of updates that are not 0 and finite.
     """
     size = update.abs()
     moved = (size > 0) & size.isfinite()
     log2 = size[moved].log2() - half_unit_log2(old[moved])
     before, after = (value.to(torch.bfloat16).view(torch.int16) for value in (old, new))
     found = [torch.tensor(update.numel()), (grad == 0).sum(), (size == 0).sum(), (log2 < 0).sum()]
-    counts = torch.stack([count.to(old.device) for count in (*found, (before != after).sum())])
+    counts = torch.stack([count.to(old.device) for count in (*found, (before != after).sum(), update.isnan().sum())])
     return torch.cat([counts, log2_histogram(log2)])
 
 
 def update_record(counts: Tensor) -> dict[str, Any]:
-    """Names for what `update_counts` returns, with the share absorbed of the updates that are not 0."""
+    """Names for what `update_counts` returns, with the share absorbed of the known updates that are not 0."""
     named = dict(zip(COUNTS, counts[: len(COUNTS)].tolist(), strict=True))
     histogram = counts[len(COUNTS) :]
-    moved = named["entries"] - named["no_update"]
+    moved = named["entries"] - named["no_update"] - named["unknown_update"]
     share = named["below_half_unit"] / moved if moved else None
     return named | {"absorbed_frac": share, "over_half_unit": quantiles(histogram), "octaves": octaves(histogram)}
 

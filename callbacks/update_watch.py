@@ -131,7 +131,7 @@ class UpdateWatch:
         rows = self.empty()
         for index, (p, name, place) in enumerate(zip(self.parameters, self.names, self.sample.places, strict=True)):
             grad, before = self.grad[place], stored_old[place]
-            step = update[place] if self._lossless(p) else self._intended(index, before)
+            step = update[place] if self._lossless(p) else self._intended(index)
             parts = [
                 update_counts(before, new[place], step, grad).double(),
                 moments(self.momentum[place], grad),
@@ -164,18 +164,21 @@ class UpdateWatch:
         state = self.optimizer.state.get(parameter, {})
         return parameter.dtype.itemsize >= 4 or "master" in state or "low" in state
 
-    def _intended(self, index: int, weight: Tensor) -> Tensor:
-        """What the step of a 16-bit weight without master wanted to add, from the optimizer's state, without decay."""
+    def _intended(self, index: int) -> Tensor:
+        """What the step of a 16-bit weight without master wanted to add, from the optimizer's state, without decay.
+
+        NaN where the optimizer's rule is not known.
+        """
         parameter, grad = self.parameters[index], self.grad[self.sample.places[index]]
+        if index not in self._found:  # optimizers pass over what has no gradient
+            return torch.zeros_like(grad)
         group = next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
         state = self.optimizer.state.get(parameter, {})
-        top = grad
-        if (first := self._state(index, "exp_avg")) is not None:
-            top = first / (1 - group["betas"][0] ** float(state["step"]))
-        elif (buffer := self._state(index, "momentum_buffer")) is not None:
-            top = buffer
-        root = self._own_root(index)
-        return -float(group["lr"]) * (top / (root + group["eps"]) if len(root) and "eps" in group else top)
+        held = {key: self._state(index, key) for key, kept in state.items() if kept is not None and key != "step"}
+        wanted = None
+        if all(kept is not None for kept in held.values()):  # in a form that can be read
+            wanted = _wanted(self.optimizer, group, grad, self._own_root(index), held, float(state.get("step", 0)))
+        return torch.full_like(grad, math.nan) if wanted is None else -float(group["lr"]) * wanted
 
     def _state(self, index: int, key: str) -> Tensor | None:
         """Sampled entries of a tensor of the optimizer's state; None if there is none of the parameter's shape."""
@@ -202,6 +205,24 @@ class UpdateWatch:
     def _squared_norm(self, index: int) -> Tensor:
         norm, scale = self._found.get(index), getattr(self.optimizer, "grad_scale", 1.0)
         return torch.zeros(1, dtype=torch.float64) if norm is None else (scale * norm.double()).square().view(1)
+
+
+def _wanted(
+    optimizer: Optimizer, group: Mapping[str, Any], grad: Tensor, root: Tensor, held: Mapping[str, Any], step: float
+) -> Tensor | None:
+    """What the rate is multiplied with; None of rules other than torch's SGD, Adam, AdamW and RMSprop, and our SGD."""
+    names = set(held)
+    if isinstance(optimizer, torch.optim.Adam) and names == {"exp_avg", "exp_avg_sq"}:
+        return held["exp_avg"] / (1 - group["betas"][0] ** step) / (root + group["eps"])
+    if isinstance(optimizer, torch.optim.RMSprop) and names == {"square_avg"}:
+        return grad / (root + group["eps"])
+    if isinstance(optimizer, torch.optim.RMSprop) and names == {"square_avg", "momentum_buffer"}:
+        return held["momentum_buffer"]  # of gradients that are divided already
+    if isinstance(optimizer, torch.optim.SGD) and names == {"momentum_buffer"}:
+        buffer = held["momentum_buffer"]
+        return grad + group["momentum"] * buffer if group["nesterov"] else buffer
+    plain = isinstance(optimizer, torch.optim.SGD) or hasattr(optimizer, "grad_scale")  # which ours has
+    return grad if plain and not names else None
 
 
 def _taken_early(parameter: Tensor) -> bool:

@@ -32,10 +32,11 @@ class WhySparse(Callback):
     Each measurement appends a line to `why_sparse.jsonl` in the run folder: the same overall, by kind of matrix and by
     layer, with counts, quantiles (within 9 %), a histogram by octave of |update| over half a unit, and the norm of the
     gradient, which is of all entries. An update is the difference of the stored weights, or of their fp32 masters in
-    the optimizer's state; of 16-bit weights without a master it is what the optimizer's rule wanted to add. Gradients
-    are those that the step uses, after clipping. Where they are dropped in the backward pass they are read there,
-    before the hook that does so; of several micro-batches applied singly the last one counts. `sqrt_v_own` is of the
-    optimizer's own state, where it has one.
+    the optimizer's state; of 16-bit weights without a master it is what the optimizer's rule wanted to add, known of
+    torch's SGD, Adam, AdamW and RMSprop and of our SGD: others' entries are counted as `unknown_update` and left out of
+    the shares and sizes of updates. Gradients are those that the step uses, after clipping. Where they are dropped in
+    the backward pass they are read there, before the hook that does so; of several micro-batches applied singly the
+    last one counts. `sqrt_v_own` is of the optimizer's own state, where it has one.
 
     The averages are kept for every optimizer, also for one without a state, on the sample alone: 24 bytes an entry,
     `sample_bytes` in the file. They start anew when a run is resumed; `observed` says how many gradients they hold.

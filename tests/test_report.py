@@ -265,6 +265,7 @@ def why_line(step: int, absorbed: float | None, since: int = 0) -> dict[str, obj
         "update": {
             "entries": 7,
             "absorbed_frac": absorbed,
+            "unknown_update": 3,
             "octaves": {"-3": 3, "-1": 1},
             "over_half_unit": {"0.5": 0.15},
         },
@@ -292,6 +293,7 @@ def test_why_sparse_by_hand(tmp_path: Path) -> None:
     assert table.notes == [
         "x: 168 bytes kept beside the run for the sample",
         "x: 2 steps without a finite gradient left out",
+        "x: 3 entries left out of updates: what the optimizer wanted is not known",
     ]
     curves, sizes, norms = (chart.figure for chart in charts("Why sparse", [run]))
     assert (list(curves.data[0].x), list(curves.data[0].y)) == ([2, 3], [0.5, 0.75])

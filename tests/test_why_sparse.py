@@ -16,7 +16,7 @@ from torch import nn
 from rlvr_lightning.callbacks import WhySparse
 from rlvr_lightning.callbacks.entry_sample import EntrySample
 from rlvr_lightning.callbacks.update_scale import half_unit_log2, log2_histogram, octaves, quantiles, update_counts
-from rlvr_lightning.callbacks.update_watch import UpdateWatch
+from rlvr_lightning.callbacks.update_watch import UpdateWatch, as_record
 from rlvr_lightning.optim import GradientRelease
 
 ALL = 10**6  # more entries than there are: the sample is everything
@@ -104,7 +104,12 @@ def test_a_split_master_is_watched_as_a_whole_one_and_bf16_alone_by_its_rule(fol
     [
         (partial(torch.optim.SGD, lr=0.1, momentum=0.9), [0.1 * 2, 0.1 * (1.8 + 4)]),
         (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.0, eps=0.0), [0.1, None]),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.5, nesterov=True), [0.1 * (2 + 1), 0.1 * (4 + 2.5)]),
         (partial(torch.optim.RMSprop, lr=0.1, alpha=0.75, eps=0.0), [0.1 * 2, None]),
+        (
+            partial(torch.optim.RMSprop, lr=0.1, alpha=0.75, eps=0.0, momentum=0.5),
+            [0.1 * 2, 0.1 * (1 + 4 / 19**0.5 * 2)],
+        ),
     ],
 )
 def test_what_a_rule_wanted_of_16_bit_weights(make, wanted):
@@ -118,10 +123,44 @@ def test_what_a_rule_wanted_of_16_bit_weights(make, wanted):
         optimizer.step()
         watch._take(0, weight.grad)
         if step is not None:
-            assert watch._intended(0, watch.old).abs().tolist() == pytest.approx([step] * 15, rel=1e-2)
+            assert watch._intended(0).abs().tolist() == pytest.approx([step] * 15, rel=1e-2)
         watch.after_step()
     assert watch.sums()[0, 3] == 15  # below half a unit
     assert torch.equal(weight, torch.full_like(weight, 1e6))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.Adagrad,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        partial(torch.optim.AdamW, amsgrad=True),
+        partial(torch.optim.RMSprop, centered=True),
+    ],
+)
+def test_what_other_rules_wanted_is_not_known_and_counted(make):
+    weights = [nn.Parameter(torch.full((5,), 1e6, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    watch = UpdateWatch(make(weights, lr=0.1), {}, ALL)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    watch.before_step()
+    watch.optimizer.step()
+    watch.after_step()
+    update = as_record(watch.kinds, watch.layers, watch.sums())["all"]["update"]
+    assert (update["entries"], update["unknown_update"], sum(update["octaves"].values())) == (10, 5, 5)
+    assert update["absorbed_frac"] == 1.0, "of the weights that are known"
+
+
+def test_nothing_known_is_no_share():
+    weight = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+    weight.grad = torch.ones_like(weight)
+    watch = UpdateWatch(torch.optim.Adagrad([weight]), {}, ALL)
+    watch.before_step()
+    watch.optimizer.step()
+    watch.after_step()
+    assert as_record(watch.kinds, watch.layers, watch.sums())["all"]["update"]["absorbed_frac"] is None
 
 
 def test_a_step_without_a_finite_gradient_is_counted_and_left_out():

@@ -57,6 +57,10 @@ def _measured(runs: Sequence[Run]) -> Table:
         said.append((run.name, f"{_whole(line, 'sample_bytes')} bytes kept beside the run for the sample"))
         if line.get("skipped"):
             said.append((run.name, f"{_whole(line, 'skipped')} steps without a finite gradient left out"))
+        if unknown := value(line, "all", "update", "unknown_update"):
+            said.append(
+                (run.name, f"{unknown:,.0f} entries left out of updates: what the optimizer wanted is not known")
+            )
     return Table("When last measured", ["run", "optimizer step", "kind", *COLUMNS], rows, notes(said))
 
 
