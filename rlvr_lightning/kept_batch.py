@@ -19,7 +19,7 @@ from rlvr_lightning.experience import Experience
 from rlvr_lightning.schema import Rollouts
 
 TENSORS = ("completion_ids", "completion_mask", "rollout_logprobs", "truncated")
-OPTIONAL = ("ref_logprobs", "old_logprobs")
+OPTIONAL = ("ref_logprobs", "old_logprobs", "old_values", "returns")
 
 
 def about_batch(module: Any) -> dict[str, Any]:

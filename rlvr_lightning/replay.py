@@ -2,7 +2,8 @@
 
 FOLDER is what a run kept when it stopped because its gradients were not finite. Each completion goes forward and
 backward by itself, and its loss and the norm of its gradient are printed: by the model that the run started from, by
-another (`--model`), or by a checkpoint (`--checkpoint`, a file, a folder, or a run of which the newest is taken).
+another (`--model`), or by a checkpoint (`--checkpoint`, a file, a folder, or a run of which the newest is taken). The
+loss of PPO includes that of the values that the run had before it learned from the batch; the gradient is the policy's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rlvr_lightning.advantage import of_completions
 from rlvr_lightning.experience import Experience
 from rlvr_lightning.export import DTYPES, choose, kept_steps, restored
 from rlvr_lightning.kept_batch import load_batch
-from rlvr_lightning.losses import Counts, Objective, policy_loss
+from rlvr_lightning.losses import Counts, Objective, policy_loss, token_weights, value_loss
 from rlvr_lightning.policy import LoRA, Policy, compute_dtype_of, load_model
 
 
@@ -39,7 +40,7 @@ class Replayed:
     """Its share of the loss of the step."""
     grad_norm: float
     before: tuple[str, ...]
-    """What was not finite before the model came into it: `advantages`, `rollout_logprobs`, `ref_logprobs`."""
+    """What was not finite before the model came into it: `advantages`, `rollout_logprobs`, or one of `CHECKED`."""
 
     @property
     def finite(self) -> bool:
@@ -54,6 +55,8 @@ class Replayed:
         return f"{self.rank:>4} {self.row:>5} {self.tokens:>7} {numbers}{amiss}"
 
 
+CHECKED = ("ref_logprobs", "old_values", "returns")
+"""What only some algorithms have."""
 HEADER = "rank   row  tokens  advantage        loss  grad norm"
 
 
@@ -77,7 +80,7 @@ def replay(policy: Policy, parts: list[tuple[Experience, dict[str, Any]]]) -> It
             one = whole.select([row])
             loss, norm = _loss_and_norm(policy, one, about, counts, device)
             checked = {"advantages": one.advantages, "rollout_logprobs": one.rollouts.rollout_logprobs}
-            checked |= {} if one.ref_logprobs is None else {"ref_logprobs": one.ref_logprobs}
+            checked |= {name: value for name in CHECKED if (value := getattr(one, name)) is not None}
             yield Replayed(
                 rank=rank,
                 row=row,
@@ -113,7 +116,11 @@ def _loss_and_norm(
     out.loss.backward()
     squares = [p.grad.float().square().sum() for p in policy.parameters() if p.grad is not None]
     policy.zero_grad(set_to_none=True)
-    return float(out.loss.detach()), math.sqrt(sum(float(s) for s in squares)) if squares else 0.0
+    loss = float(out.loss.detach())
+    if one.old_values is not None and one.returns is not None:
+        weights = token_weights(one.mask, about["objective"]["normalization"], counts)
+        loss += float(value_loss(one.old_values, one.old_values, one.returns, weights, clip=0.0).loss)
+    return loss, math.sqrt(sum(float(s) for s in squares)) if squares else 0.0
 
 
 def load_policy(about: dict[str, Any], model: str | None, checkpoint: Path | None) -> Policy:

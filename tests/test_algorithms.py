@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -510,6 +511,23 @@ def test_a_kept_batch_can_be_replayed(kind, folder, tmp_path: Path, capsys) -> N
     advantages = [float(line.split()[3]) for line in out.splitlines()[1:25]]
     own = of_completions(model.seen[0].advantages, model.seen[0].mask)
     assert advantages == pytest.approx(own.tolist(), rel=1e-2)
+
+
+def test_a_value_that_is_not_finite_is_named_by_replay(folder, tmp_path: Path, capsys) -> None:  # noqa: F811
+    model = module(recording(PPO), folder)
+    fit(model, tmp_path, steps=1)
+    save_batch(tmp_path / "whole", 0, model.seen[0], about_batch(model))
+    assert main(["replay", str(tmp_path / "whole")]) == 0
+    losses = [float(line.split()[4]) for line in capsys.readouterr().out.splitlines()[1:25]]
+    assert sum(losses) == pytest.approx(model.told["train/loss"][0], abs=1e-3)
+    assert model.told["value/loss"][0] > 0.1, "and so a part of it"
+    broken = model.seen[0].old_values.clone()
+    broken[2, 0] = math.nan
+    save_batch(tmp_path / "broken", 0, replace(model.seen[0], old_values=broken), about_batch(model))
+    assert main(["replay", str(tmp_path / "broken")]) == 0
+    out = capsys.readouterr().out
+    [amiss] = [line for line in out.splitlines() if "not finite:" in line]
+    assert amiss.split()[1] == "2" and amiss.endswith("not finite: old_values, loss")
 
 
 def test_a_dry_run_counts_the_reward_model(tmp_path: Path, monkeypatch, capsys) -> None:
