@@ -6,7 +6,7 @@ What differs from GRPO: the ratio is a weight, not part of what is differentiate
 whose ratio is cut off keeps its gradient, where PPO's surrogate gives it none: those are often the rare tokens at which
 a completion takes a turn. The paper has no lower bound (`clip_low: 1` is none) and does not say its upper one; weights
 of up to 5 are our choice. On strictly on-policy batches (one minibatch, one pass) every ratio is 1, and the gradient is
-GRPO's; set `batching.minibatches` above 1.
+GRPO's; set `batching.minibatches` above 1. `tokens` are those of the whole step, of groups without signal included.
 
 Run it: ``python -m rlvr_lightning fit --config sgd.yaml --model rlvr_lightning.cispo.CISPO``
 """

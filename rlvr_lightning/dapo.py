@@ -8,22 +8,23 @@ wrong are drawn again (*dynamic sampling*); completions that fill the last fifth
 (*soft overlong punishment*, `rewards.shape.LengthPenalty`); no KL term, so no reference.
 
 What differs from the paper: it fills the batch with other problems, and goes on until it is full; here the same
-problems are drawn again, at most `handling.resample_rounds` times, and what is still all right or all wrong then
-differs by length alone. `reward/mean_first_draw` tells of the policy; `reward/mean` is of what was chosen by its
-rewards.
+problems are drawn again, at most `handling.resample_rounds` times, and what is still all right or all wrong then, and
+differs by length alone, teaches nothing. Its tokens still count in the loss's denominator, which is of the whole step,
+so a step on few groups is a smaller one. `reward/mean_first_draw` tells of the policy; `reward/mean` is of what was
+chosen by its rewards.
 
 Run it: ``python -m rlvr_lightning fit --config dapo.yaml``
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from rlvr_lightning.advantage import has_signal
-from rlvr_lightning.experience import Handling
+from rlvr_lightning.experience import Experience, Handling
 from rlvr_lightning.grpo import GRPO
 from rlvr_lightning.losses import Objective
 from rlvr_lightning.rewards.base import Reward
@@ -79,6 +80,12 @@ class DAPO(GRPO):
             rewards = rewards | {"overlong": LengthPenalty(sampling.max_tokens, buffer)}
         super().__init__(rewards=rewards, objective=objective, sampling=sampling, handling=handling, **kwargs)
         self.overlong_tokens = buffer
+
+    def credit(self, found: Experience, rewards: Tensor, scores: Scores) -> Experience:
+        """As in GRPO, but of groups that are all right or all wrong: no advantages, which would be of length alone."""
+        found = super().credit(found, rewards, scores)
+        dull = ~self.with_signal(found.rollouts, scores).to(rewards.device).repeat_interleave(self.group_size)
+        return replace(found, advantages=found.advantages.masked_fill(dull, 0.0))
 
     def with_signal(self, rollouts: Rollouts, scores: Scores) -> Tensor:
         """Bool [P]: groups that are neither all right nor all wrong, whatever their lengths."""

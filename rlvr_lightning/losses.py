@@ -248,7 +248,9 @@ def _surrogate(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float) -> LossOutput:
-    """Half the squared error of a value function, the larger of the clipped and the plain one (PPO, arXiv 1707.06347).
+    """Half the squared error of a value function, the larger of the clipped and the plain one.
+
+    As in the PPO of OpenAI's baselines, which is not in the paper (arXiv 1707.06347).
 
     Sum over tokens of w / 2 * max((v - G)^2, (old + clip(v - old, -clip, clip) - G)^2): a value that has moved by more
     than `clip` towards its return has no gradient until the next rollouts.

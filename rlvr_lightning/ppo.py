@@ -13,6 +13,8 @@ this package is there to save, but could tell more. `memory/critic_bytes` says w
 `value/explained_variance` what it is worth. It is a parameter group of the same optimizer, with a rate of its own, and
 shares the policy's backward pass; `max_grad_norm` is of both together.
 
+That advantages are standardized and values are clipped is of OpenAI's baselines, not of the paper.
+
 With `gamma: 1` and `lam: 1`, the defaults, an advantage is what the completion earned less what was expected then.
 
 Run it: ``python -m rlvr_lightning fit --config ppo.yaml``

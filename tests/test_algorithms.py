@@ -230,6 +230,10 @@ def test_dapo_draws_again_what_is_all_right_or_all_wrong_whatever_its_length(fol
         found = torch.tensor(rewards_of(model)).view(-1, 2)
         dull[rounds] = int((found[:, 0] == found[:, 1]).sum())
         assert model.seen[0].ref_logprobs is None
+        alike, advantages = found[:, 0] == found[:, 1], model.seen[0].advantages.view(-1, 2)
+        assert advantages[~alike].any() and not advantages[alike].any(), "nothing is learned from length alone"
+        lengths = model.seen[0].rollouts.lengths.view(-1, 2)
+        assert rounds or (lengths[alike][:, 0] != lengths[alike][:, 1]).any()
     assert dull[0] > dull[4]
     assert model.told["reward/overlong"][0] < 0
 
