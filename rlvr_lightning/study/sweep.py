@@ -263,19 +263,27 @@ def reread(sweep: Sweep) -> int:
     return changed
 
 
+def recorded(run: Run, sweep: Sweep) -> dict[str, Any] | None:
+    """`execute`, with the record written as soon as there is one, whatever becomes of runs beside it."""
+    path = sweep.folder / "records" / f"{run.key}.json"
+    path.unlink(missing_ok=True)  # its run's files are about to go
+    record = execute(run, sweep)
+    if record is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
 def run_all(sweep: Sweep, todo: Sequence[Run]) -> int:
-    """Run what is to be done, `parallel` at a time, writing a record after each; returns the number of failures."""
+    """Run what is to be done, `parallel` at a time, with a record of each; returns the number of failures."""
     failures = 0
     (sweep.folder / "records").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(sweep.parallel) as pool:
-        futures = {pool.submit(execute, run, sweep): run for run in todo}
+        futures = {pool.submit(recorded, run, sweep): run for run in todo}
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 run, record = futures[future], future.result()
                 if record is None:
                     raise KeyboardInterrupt
-                path = sweep.folder / "records" / f"{run.key}.json"
-                path.write_text(json.dumps(record, indent=1) + "\n")
                 failures += record["status"] != "ok"
                 print(f"[{number}/{len(todo)}] {progress_line(run, record, sweep.metrics[0])}", flush=True)
         except KeyboardInterrupt:
