@@ -18,10 +18,14 @@ LR = "model.init_args.optimizer.init_args.lr"
 
 # Writes what a run with this rate and seed would have logged: reward = rate + seed / 100 at its end.
 STAND_IN = """
-import sys, pathlib
+import sys, pathlib, time
 rate, seed, folder = float(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 if rate == 13:
     sys.exit("the weights are NaN")
+if rate == 17:
+    sys.exit(130)
+if rate == 19:
+    time.sleep(1)
 with open(folder / "metrics.csv", "w") as file:
     file.write("epoch,reward/mean,step,val/x/pass@1\\n0,,0,0.25\\n0,0.5,0,\\n")
     file.write(f"0,{rate + seed / 100},1,\\n0,,1,{rate / 2}\\n")
@@ -151,6 +155,24 @@ def test_checkpoints_of_finished_runs_are_kept_or_not(stand_in, keep):
     assert Path("results/s/runs/sgd-lr=0.1-seed=0/checkpoints").exists() == keep
 
 
+def test_an_interrupted_run_takes_no_other_s_record_with_it(stand_in, capsys):
+    path = as_file(seeds=[0], grid={"sgd": {LR: [17, 19, 0.1]}})
+    with pytest.raises(SystemExit, match="130"):
+        sweep.main(["--config", str(path)])
+    assert "sgd-lr=19-seed=0" in load_records(Path("results/s")), "it ended well after the other was interrupted"
+    sweep.main(["--config", str(path), "--dry_run"])
+    assert "sgd-lr=19" not in capsys.readouterr().out
+
+
+def test_the_record_of_a_run_that_is_redone_and_interrupted_is_gone(stand_in):
+    (run,) = a_sweep(seeds=[0], grid={"sgd": {LR: [17]}}).runs()
+    old = Path("results/s/records") / f"{run.key}.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("of files that are there no more")
+    assert sweep.recorded(run, a_sweep()) is None
+    assert not old.exists()
+
+
 def test_a_run_that_is_redone_keeps_nothing_of_the_earlier_one(stand_in):
     path = as_file(seeds=[0])
     sweep.main(["--config", str(path)])
@@ -230,6 +252,15 @@ def test_rows_by_hand():
         ["sgd, lr 1", "1", "0.250", "0.500", "100", "1.50", "1,234"],
     ]
     assert [cell.name for cell in best_cells(cells(RECORDS), "val/x/pass@1")] == ["adamw, lr 0.0001", "sgd, lr 0.1"]
+
+
+def test_runs_that_end_in_nan_are_counted_and_ranked_last():
+    found = [record("sgd", 1.0, 0, 0.9), record("sgd", 1.0, 1, None), record("sgd", 0.1, 0, 0.5)]
+    steady, diverged = rows(found, ["val/x/pass@1"])[1:]
+    assert steady[1:4] == ["1", "0.250", "0.500"]
+    assert diverged[1:4] == ["2", "0.250", "0.900 (1 not finite)"]
+    assert [cell.name for cell in best_cells(cells(found), "val/x/pass@1")] == ["sgd, lr 0.1"]
+    assert [cell.name for cell in best_cells(cells(found[1:2]), "val/x/pass@1")] == ["sgd, lr 1"]
 
 
 def test_blocks_are_filled_checked_and_found_stale(tmp_path, capsys):

@@ -103,9 +103,15 @@ class Cell:
 
         Only what was measured before the first step is a `start`.
         """
+        return [value for value in self._values(metric, which) if value is not None]
+
+    def not_finite(self, metric: str, which: str = "final") -> int:
+        """How many of the good runs have NaN or infinity there, and are left out of `values`."""
+        return self._values(metric, which).count(None)
+
+    def _values(self, metric: str, which: str) -> list[float | None]:
         kept = [record["metrics"][metric] for record in self.good if metric in record["metrics"]]
-        values = [summary[which] for summary in kept if which != "start" or summary["curve"][0][0] == 0]
-        return [value for value in values if value is not None]
+        return [summary[which] for summary in kept if which != "start" or summary["curve"][0][0] == 0]
 
 
 def cells(records: Iterable[Mapping[str, Any]]) -> list[Cell]:
@@ -123,11 +129,12 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 
 def best_cells(found: Iterable[Cell], metric: str) -> list[Cell]:
-    """For each label the cell whose mean final value of a metric is highest."""
-    best: dict[str, tuple[float, Cell]] = {}
+    """For each label the cell whose mean final value of a metric is highest; of those with NaN only if all have it."""
+    best: dict[str, tuple[tuple[bool, float], Cell]] = {}
     for cell in found:
         values = cell.values(metric)
         mean = sum(values) / len(values) if values else -math.inf
-        if cell.label not in best or mean > best[cell.label][0]:
-            best[cell.label] = (mean, cell)
+        rank = (not cell.not_finite(metric), mean)
+        if cell.label not in best or rank > best[cell.label][0]:
+            best[cell.label] = (rank, cell)
     return [cell for _, cell in best.values()]

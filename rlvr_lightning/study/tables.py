@@ -92,13 +92,17 @@ def rows(records: Iterable[Mapping[str, Any]], metrics: Sequence[str], best: boo
         failed = len(cell.records) - len(cell.good)
         row = [cell.name, f"{len(cell.good)}" + (f" ({failed} failed)" if failed else "")]
         for name in metrics:
-            row += [spread(cell.values(name, "start"))] if name in started else []
-            row += [spread(cell.values(name))]
+            row += [_over_seeds(cell, name, which) for which in (("start", "final") if name in started else ("final",))]
         row += [spread([record["wall_s"] for record in cell.good], lambda seconds: f"{seconds:.0f}")]
         row += [gib(max(peaks)) if (peaks := _memory(cell, "peak_bytes")) else "-"]
         row += [f"{max(state):,}" if (state := _memory(cell, "optimizer_state", "global_bytes")) else "-"]
         table.append(row)
     return table
+
+
+def _over_seeds(cell: Cell, metric: str, which: str) -> str:
+    lost = cell.not_finite(metric, which)
+    return spread(cell.values(metric, which)) + (f" ({lost} not finite)" if lost else "")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
