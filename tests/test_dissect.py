@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from test_export import run as train
 from test_grpo import folder  # noqa: F401 (a fixture)
 
@@ -68,6 +70,33 @@ def test_only_runs_that_ran_again_are_looked_at_again(sweep, folder, capsys):  #
     write(sweep, "fast-seed=1", label="fast", seed=1, started="later")
     main(["dissect", str(sweep), "--base", folder, "--only_changes"])
     assert "4 runs, 0 pairs; 1 records made" in capsys.readouterr().out
+
+
+def test_records_of_another_base_and_of_runs_that_are_gone_are_dropped(sweep, folder, tmp_path, capsys):  # noqa: F811
+    def names(what: str) -> list[str]:
+        return list(json.loads((sweep / f"{what}.json").read_text()))
+
+    wrong = tmp_path / "wrong"
+    tiny = load_file(Path(folder) / "model.safetensors")
+    shutil.copytree(folder, wrong)
+    save_file({name: tensor + 1 for name, tensor in tiny.items()}, wrong / "model.safetensors", {"format": "pt"})
+    assert main(["dissect", str(sweep), "--base", str(wrong)]) == 0
+    write(sweep, "slow-seed=1", label="slow", seed=1, status="failed")
+    capsys.readouterr()
+    assert main(["dissect", str(sweep), "--base", folder, "--only_changes"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 runs, 0 pairs; 3 records made" in out
+    assert "changes.json: 4 records are of other runs or of another base, and dropped" in err
+    assert (names("changes"), names("overlaps")) == (["fast-seed=0", "fast-seed=1", "slow-seed=0"], [])
+    assert main(["dissect", str(sweep), "--base", folder]) == 0
+    assert names("overlaps") == ["fast-seed=0+fast-seed=1", "fast-seed=0+slow-seed=0"]
+    assert json.loads((sweep / "overlaps.json").read_text())["fast-seed=0+slow-seed=0"]["base"]["label"] == folder
+    shutil.rmtree(sweep / "runs" / "slow-seed=0" / "checkpoints")
+    assert main(["dissect", str(sweep), "--base", folder]) == 0
+    assert len(names("overlaps")) == 2, "of a run that is as it was, without its checkpoint"
+    (sweep / "records" / "fast-seed=1.json").unlink()
+    assert main(["dissect", str(sweep), "--base", folder]) == 0
+    assert (names("changes"), names("overlaps")) == (["fast-seed=0", "slow-seed=0"], ["fast-seed=0+slow-seed=0"])
 
 
 def test_tables_are_means_over_seeds_and_pairs(tmp_path):

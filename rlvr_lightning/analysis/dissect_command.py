@@ -2,7 +2,8 @@
 
 Of each run that kept a checkpoint: the shares of changed entries (`sparsity`), the ranks of the change (`rank`) and the
 shift of the spectrum (`spectrum`). Of each two runs that differ in the seed alone, or in all but the seed: `overlap`.
-The records are in SWEEP/changes.json and SWEEP/overlaps.json; what has one is not computed again unless the run was.
+The records are in SWEEP/changes.json and SWEEP/overlaps.json; what has one is not computed again unless the run
+was, or BASE is another, also where the checkpoint is gone. Records of runs that failed since or are gone are dropped.
 Tables of means over seeds are printed; `plots` fills them into Markdown, at `<!-- changes:NAME -->` and
 `<!-- overlaps:NAME -->`.
 """
@@ -23,7 +24,7 @@ from rlvr_lightning.analysis.groups import groupings
 from rlvr_lightning.analysis.matching import match
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.overlap import summarise
-from rlvr_lightning.analysis.weights import Weights
+from rlvr_lightning.analysis.weights import Weights, digest
 from rlvr_lightning.callbacks.run_files import write_json
 from rlvr_lightning.study.change_tables import change_rows, overlap_rows
 from rlvr_lightning.study.records import load_records
@@ -68,25 +69,39 @@ def pairs(records: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
 
 
 class Kept:
-    """Records in a file by name, each with the runs that it is of.
+    """Records in a file by name, each with the runs and the base that it is of.
 
     Args:
         path: JSON, written anew after each new record.
+        base: `label` and `digest` of what the runs started from.
+        runs: by name of a record, what it is to be of; records of others, of earlier runs, or of another base go.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.made = path, 0
-        self.records: dict[str, Record] = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, path: Path, base: Mapping[str, str | None], runs: Mapping[str, list[Record]]) -> None:
+        self.path, self.base, self.runs, self.made = path, dict(base), runs, 0
+        there: dict[str, Record] = json.loads(path.read_text()) if path.is_file() else {}
+        self.records = {name: record for name, record in there.items() if self._fits(name, record)}
+        if gone := len(there) - len(self.records):
+            self._write()
+            print(f"{path}: {gone} records are of other runs or of another base, and dropped", file=sys.stderr)
 
-    def add(self, name: str, runs: list[Record], compute: Callable[[], Record]) -> None:
-        """Compute a record, unless there is one of these very runs."""
-        started = [run["started"] for run in runs]
-        if name in self.records and self.records[name]["started"] == started:
-            return
-        who = [{field: run[field] for field in ("label", "point", "seed")} for run in runs]
-        self.records[name] = {"runs": who, "started": started} | compute()
-        self.made += 1
+    def _fits(self, name: str, record: Record) -> bool:
+        same_base = record.get("base", {}).get("digest") == self.base["digest"]
+        return same_base and record["started"] == [run["started"] for run in self.runs.get(name, [])]
+
+    def _write(self) -> None:
         write_json(self.path, dict(sorted(self.records.items())))
+
+    def add(self, name: str, compute: Callable[[], Record]) -> None:
+        """Compute a record, unless there is one."""
+        if name in self.records:
+            return
+        runs = self.runs[name]
+        who = [{field: run[field] for field in ("label", "point", "seed")} for run in runs]
+        started = [run["started"] for run in runs]
+        self.records[name] = {"runs": who, "started": started, "base": self.base} | compute()
+        self.made += 1
+        self._write()
 
 
 def with_checkpoints(folder: Path) -> dict[str, Record]:
@@ -136,13 +151,16 @@ def _work(folder: Path, base_name: str, only_changes: bool) -> None:
     def weights(key: str) -> Weights:
         return open_weights(key, str(folder / "runs" / key), base)
 
-    found, same = Kept(folder / "changes.json"), Kept(folder / "overlaps.json")
+    origin = {"label": base_name, "digest": digest(base, base.specs)}
+    good = {key: record for key, record in load_records(folder).items() if record["status"] == "ok"}
+    both = {f"{a}+{b}": (a, b) for a, b in pairs(good)}
+    found = Kept(folder / "changes.json", origin, {key: [record] for key, record in good.items()})
+    same = Kept(folder / "overlaps.json", origin, {name: [good[a], good[b]] for name, (a, b) in both.items()})
     for key in tqdm(records, desc="changes", disable=None, leave=False):
-        found.add(key, [records[key]], lambda key=key: changes(base, weights(key)))  # type: ignore[misc]
-    todo = [] if only_changes else list(pairs(records))
-    for a, b in tqdm(todo, desc="overlaps", disable=None, leave=False):
-        runs = [records[a], records[b]]
-        same.add(f"{a}+{b}", runs, lambda a=a, b=b: overlap(base, weights(a), weights(b)))  # type: ignore[misc]
+        found.add(key, lambda key=key: changes(base, weights(key)))  # type: ignore[misc]
+    todo = {name: (a, b) for name, (a, b) in both.items() if not only_changes and a in records and b in records}
+    for name, (a, b) in tqdm(todo.items(), desc="overlaps", disable=None, leave=False):
+        same.add(name, lambda a=a, b=b: overlap(base, weights(a), weights(b)))  # type: ignore[misc]
     print(f"{len(records)} runs, {len(todo)} pairs; {found.made + same.made} records made in {folder}")
     heading, *rows = change_rows(folder, ranges=False)
     print_table("what the runs changed, means over seeds", heading, rows)
