@@ -67,7 +67,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_processes_start(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "--config", "fsdp.yaml", "--trainer.accelerator=cpu", "--data.prompts_per_step=5"]) == 2
     said = capsys.readouterr()
-    assert "data.prompts_per_step (5) must be a multiple of batching.minibatches (1) times the number of" in said.err
+    assert "data.prompts_per_step (5) must be a multiple of the number of processes (2)" in said.err
     assert "Validation" not in said.out
 
 
