@@ -191,7 +191,7 @@ def test_grpo_tells_the_curriculum() -> None:
     source = data()
     logged: list[float] = []
     module.log_dict = lambda values: logged.extend(v for k, v in values.items() if k == "data/served_frac")  # type: ignore
-    Trainer(max_steps=3, **QUIET).fit(module, source)
+    Trainer(max_steps=3, enable_checkpointing=False, **QUIET).fit(module, source)
     known = source.train_dataloader()
     assert known.rates is not None
     for record, rate in zip(known.records, known.rates.now, strict=True):
