@@ -61,7 +61,8 @@ def measured(ranks: Ranks, numbers: list[int], how: dict[str, Any]) -> dict[str,
         tokens.update({"tokens": number + 1.0, "ratio": number / 3} | ({"kl": 0.1} if number == 2 else {}))
     found |= tokens.compute()
     rollouts = RolloutMetrics(**how)
-    rollouts.update(*share([number for number in numbers if number < PROMPTS]))
+    drawn, scores = share([number for number in numbers if number < PROMPTS])
+    rollouts.update(drawn, scores, scores.total)
     found |= rollouts.compute()
     for name, metric in {"pass@2": PassAtK(2, **how), "maj@5": MajorityAtK(5, **how)}.items():
         metric.update(numbers, [problems()[number] for number in numbers])
