@@ -43,6 +43,7 @@ class Drawn(NamedTuple):
     """A completion and what is known of it."""
 
     text: str
+    """As drawn: a stop string that ended it is in it."""
     right: bool
     truncated: bool
 
@@ -119,8 +120,9 @@ class Evaluated(LightningModule):
         rollouts = self.engine.generate(prompts, self.draws, self.sampling, seeds)
         scores = self.layout.tensor.first(self.scorer.verifier(rollouts, share, self.failures_file))
         self.failed += scores.failed
-        samples = self.scorer.samples(rollouts, share)
-        drawn = [Drawn(s.text, mark >= 1, s.truncated) for s, mark in zip(samples, scores.total.tolist(), strict=True)]
+        _, texts = self.scorer.drawn(rollouts)
+        marks, cut = scores.total.tolist(), rollouts.truncated.tolist()
+        drawn = [Drawn(text, mark >= 1, was) for text, mark, was in zip(texts, marks, cut, strict=True)]
         return [drawn[at : at + self.draws] for at in range(0, len(drawn), self.draws)]
 
     def on_validation_epoch_end(self) -> None:

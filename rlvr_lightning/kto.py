@@ -71,7 +71,7 @@ class KTO(Offline):
 
     def text_of(self, record: Record) -> Text:
         """The completion and its label."""
-        ids, label = ids_of(record, "completion", self.tokenizer), record.get("label")
+        ids, label = ids_of(record, "completion", self.tokenizer, self.ends), record.get("label")
         if not isinstance(label, bool):
             said = f"the label {label!r}" if "label" in record else f"no label; its fields are {keys(record)}"
             raise ValueError(f"data: record {record.get('index')} has {said}; make it true or false")

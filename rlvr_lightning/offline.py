@@ -8,8 +8,9 @@ text; any other record of validation is a problem, which is answered and verifie
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from rlvr_lightning.evaluation_plan import Evaluation
 from rlvr_lightning.metrics import summed
 from rlvr_lightning.policy_module import PolicyModule
 from rlvr_lightning.rewards.base import Reward
+from rlvr_lightning.rollout import stop_token_ids
 from rlvr_lightning.schema import LossOutput, Rollouts, Sampling, one_token
 from rlvr_lightning.scoring import Scorer
 from rlvr_lightning.telling import of_steps
@@ -60,7 +62,8 @@ class Offline(Evaluated, PolicyModule):
         micro_batch: texts in one backward pass. Costs memory, changes no gradient.
         rewards: as of GRPO; the first verifies answers to the problems of validation. Needed only where there are some.
         sampling: how these are answered.
-        stop: strings that end such an answer; matched against single tokens.
+        stop: strings that end an answer, matched against single tokens; a text with one of them ends itself, any other
+            gets the end-of-sequence token.
         evaluation: what validation measures of each problem.
         kwargs: of every algorithm; see `PolicyModule`.
 
@@ -120,6 +123,11 @@ class Offline(Evaluated, PolicyModule):
             ref_logprobs: the same under the reference, if there is one.
             totals: of the whole batch.
         """
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a completion."""
+        return frozenset(stop_token_ids(self.tokenizer, self.scorer.stop))
 
     # ---- building ----
 
@@ -251,8 +259,8 @@ class Offline(Evaluated, PolicyModule):
         return "\n".join([*lines, super().report()] if self.results else lines)
 
 
-def ids_of(record: Mapping[str, Any], field: str, tokenizer: Any) -> list[int]:
-    """Tokens of a text of a record, and the end-of-sequence token."""
+def ids_of(record: Mapping[str, Any], field: str, tokenizer: Any, ends: Collection[int]) -> list[int]:
+    """Tokens of a text of a record, and the end-of-sequence token unless one of them is among `ends`."""
     text = record.get(field)
     if not isinstance(text, str):
         raise ValueError(
@@ -260,7 +268,8 @@ def ids_of(record: Mapping[str, Any], field: str, tokenizer: Any) -> list[int]:
         )
     if not text:
         raise ValueError(f"data: record {record.get('index')} has an empty text under {field!r}; leave it out")
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if any(token in ends for token in ids) else [*ids, tokenizer.eos_token_id]
 
 
 def keys(record: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class Preferences(Offline):
             raise ValueError(
                 f"data: record {record.get('index')} has two equal sides, chosen and rejected; leave it out"
             )
-        sides = [ids_of(record, name, self.tokenizer) for name in ("chosen", "rejected")]
+        sides = [ids_of(record, name, self.tokenizer, self.ends) for name in ("chosen", "rejected")]
         return Text(prompt_ids=record["prompt_ids"], completions=sides)
 
 

@@ -6,8 +6,8 @@ samples --config sgd.yaml --out correct.jsonl --kind correct --num 1000   # for 
 
 The config is a run's: its policy (of `--ckpt_path`, if given) answers its training problems, each `n` times, and its
 first reward says what is right. Completions that are cut by the length limit, or were drawn for the problem before, are
-left out and counted. Texts do not say how they ended: learning ends each with the end-of-sequence token, which is not
-what a policy drew whose completions end with a string of `model.stop`; that is warned of.
+left out and counted. A text that a string of `model.stop` ended has that string: learn from it with the same
+`model.stop`, or the end-of-sequence token is put behind.
 
     pairs     a right completion as `chosen` and a wrong one as `rejected`, as many as the problem has of both
     labels    every completion with `label`: true if it is right
@@ -24,7 +24,6 @@ from typing import Any, Literal, TextIO, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
 
 from rlvr_lightning.cli import RLVRCLI, run
 from rlvr_lightning.data.prompts import PromptData, PromptLoader
@@ -74,11 +73,6 @@ class SamplesCLI(RLVRCLI):
             raise ValueError(f"--num: data.train has {len(records)} problems, fewer than {num}")
         if error := self.model.scorer.verifier.why_not_judged(records[0]):
             raise ValueError(f"data.train: its problems cannot be judged: {error}")
-        if stop := self.model.scorer.stop:
-            rank_zero_warn(
-                f"model.stop: texts are written without {stop} and what follows; learning from them ends each with the "
-                "end-of-sequence token instead, which the policy may not have drawn"
-            )
         self.model.draws = n
         writer = Writer(Path(out), kind)
         cast(Any, self.trainer).callbacks.append(writer)

@@ -51,11 +51,15 @@ class Scorer:
                 return f"{name}: {failures[0].strip().splitlines()[-1]}"
         return None
 
-    def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
-        """Decoded completions beside their records (P of them), as rewards see them; R samples."""
+    def drawn(self, rollouts: Rollouts) -> tuple[list[list[int]], list[str]]:
+        """Tokens of R completions, and their texts with the stop strings that ended them, without special tokens."""
         ids = rollouts.completion_ids.tolist()
         rows = [row[:length] for row, length in zip(ids, rollouts.lengths.tolist(), strict=True)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+        return rows, self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+
+    def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
+        """Decoded completions beside their records (P of them), as rewards see them; R samples."""
+        rows, texts = self.drawn(rollouts)
         for stop in self.stop:
             texts = [text.split(stop, 1)[0] for text in texts]
         owners = [records[r // rollouts.group] for r in range(len(rows))]

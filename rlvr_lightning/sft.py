@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations, or training from nothing on them.
 
-The loss of a batch is the mean over all its completion tokens, the closing end-of-sequence included, of
+The loss of a batch is the mean over all its completion tokens, the one that ends it included, of
 
     -log p(token | prompt, earlier tokens of the demonstration)
 
@@ -85,7 +85,8 @@ class SFT(Offline):
 
     def text_of(self, record: Record) -> Text:
         """The demonstration."""
-        return Text(prompt_ids=record["prompt_ids"], completions=[ids_of(record, self.field, self.tokenizer)])
+        ids = ids_of(record, self.field, self.tokenizer, self.ends)
+        return Text(prompt_ids=record["prompt_ids"], completions=[ids])
 
     def loss_of(
         self, texts: Sequence[Text], logprobs: Tensor, ref_logprobs: Tensor | None, totals: Mapping[str, Any]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.data.texts import Demonstrations, Labels, Pairs
@@ -14,6 +16,7 @@ from rlvr_lightning.evaluation import Drawn
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.samples import lines_of
 from rlvr_lightning.schema import Sample
+from rlvr_lightning.sft import SFT
 
 RIGHT = [Drawn("2", True, False), Drawn(" 2", True, False), Drawn("2", True, False)]
 WRONG = [Drawn("3", False, False), Drawn("", False, False), Drawn("44", False, True)]
@@ -79,9 +82,16 @@ def test_mistakes_are_one_line(kind: str, options: list[str], message: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stop_string_that_texts_lose_is_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"model\.stop: texts are written without \['='\] and what follows"):
-        assert draw(tmp_path, "labels", "--num=3", "--n=2", '--model.stop=["="]') == 0
+def test_texts_end_as_they_were_drawn(tmp_path: Path) -> None:
+    assert draw(tmp_path, "labels", "--num=9", "--n=2", '--model.stop=["="]') == 0
+    texts = [json.loads(line)["completion"] for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert len(texts) > 5 and all(text.index("=") == len(text) - 1 for text in texts)
+    module = SFT("tiny", partial(torch.optim.SGD, lr=0.1), stop=["="])
+    for text in texts:
+        [ids] = module.text_of({"prompt": "1+1=", "prompt_ids": [3], "demonstration": text}).completions
+        assert module.tokenizer.decode(ids) == text  # no end-of-sequence token behind it
+    [ids] = module.text_of({"prompt": "1+1=", "prompt_ids": [3], "demonstration": "2"}).completions
+    assert ids[-1] == module.tokenizer.eos_token_id and len(ids) == 2
 
 
 def test_a_file_is_not_overwritten(tmp_path: Path, capsys) -> None:

@@ -144,7 +144,7 @@ def test_the_optimizer_has_no_default_whose_settings_another_would_take_over():
 
 def test_a_record_without_demonstration_is_refused():
     with pytest.raises(ValueError, match=r"record 3 has no text under 'demonstration'"):
-        ids_of({"prompt": "1+1=", "index": 3}, "demonstration", load_tokenizer("tiny"))
+        ids_of({"prompt": "1+1=", "index": 3}, "demonstration", load_tokenizer("tiny"), {1})
 
 
 def test_rollouts_of_unlike_lengths():

@@ -113,6 +113,22 @@ class FewShot(PromptSource):
         return self._rows[index]
 
 
+class FewShotDemos(FewShot):
+    r"""The problems of `FewShot` with their lines finished, to imitate: records also hold `demonstration`.
+
+    Args:
+        kwargs: see `FewShot`.
+
+    Example:
+        >>> FewShotDemos(kinds=["add"], num=1)[0]["demonstration"]
+        ' 19\n'
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._rows = [row | {"demonstration": f" {row['answer']}\n"} for row in self._rows]
+
+
 @cache
 def partition(kind: str) -> dict[Split, tuple[Problem, ...]]:
     """The problems of a kind by split: the same for every seed, number and order of kinds."""
