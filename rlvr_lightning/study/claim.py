@@ -9,10 +9,38 @@ from typing import Any, Literal, NamedTuple
 
 PASS, TEST = "val/arithmetic/pass@1", "val/test/pass@1"
 DENSITY = "update/changed_frac_total/bf16"
-KINDS = (("RL", "tiny_seeds", ("sgd", "adamw")), ("SFT", "tiny_sft_seeds", ("sft_sgd_rl_rate", "sft_adamw_rl_rate")))
 ALIKE = 0.03
 """Accuracies that differ by less count as alike."""
 Verdict = Literal["confirmed", "in part", "not confirmed", "not run"]
+
+
+class Scale(NamedTuple):
+    """A model that learned by reinforcement and by imitation: folders of the two, and how the latter's runs are named.
+
+    >>> SMOLLM2.kinds["SFT"], TINY.imitation("rft", "sgd")
+    (('smollm2_study', ('sft_sgd', 'sft_adamw')), 'rft_sgd_rl_rate')
+    """
+
+    name: str
+    rl: str
+    sft: str
+    suffix: str
+    """Of runs at the learning rate of reinforcement."""
+
+    def imitation(self, answers: str, optimizer: str) -> str:
+        """Label of the runs that imitate others' (`sft`) or the model's own answers (`rft`)."""
+        return f"{answers}_{optimizer}{self.suffix}"
+
+    @property
+    def kinds(self) -> dict[str, tuple[str, tuple[str, str]]]:
+        """Folder and labels, SGD's and AdamW's, of each kind of training."""
+        imitation = (self.imitation("sft", "sgd"), self.imitation("sft", "adamw"))
+        return {"RL": (self.rl, ("sgd", "adamw")), "SFT": (self.sft, imitation)}
+
+
+TINY = Scale("tiny", "tiny_seeds", "tiny_sft_seeds", "_rl_rate")
+SMOLLM2 = Scale("SmolLM2", "smollm2_study", "smollm2_study", "")
+SCALES = (TINY, SMOLLM2)
 
 
 class Seen(NamedTuple):

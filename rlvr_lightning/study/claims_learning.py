@@ -8,8 +8,8 @@ from statistics import mean
 
 from rlvr_lightning.study.claim import (
     ALIKE,
-    KINDS,
     PASS,
+    SCALES,
     TEST,
     Claim,
     Seen,
@@ -62,25 +62,24 @@ def _rates(results: Path) -> Seen:
 
 def _momentum_cosine(results: Path) -> Seen:
     told, parts = [], []
-    for kind, folder, labels in KINDS:
-        found = {label: average(results / folder, label, "update/momentum_cosine") for label in labels}
-        told += [f"{kind}, {label}: {shown(values)}" for label, values in found.items()]
-        means = [mean(values.values()) for values in found.values()]
-        parts.append(all(abs(x) < 0.1 for x in means) if kind == "RL" else min(means) > 0.5)
+    for scale in SCALES:
+        for kind, (folder, labels) in scale.kinds.items():
+            found = {label: average(results / folder, label, "update/momentum_cosine") for label in labels}
+            told += [f"{scale.name}, {kind}, {label}: {shown(values)}" for label, values in found.items()]
+            means = [mean(values.values()) for values in found.values()]
+            parts.append(all(abs(x) < 0.1 for x in means) if kind == "RL" else min(means) > 0.5)
     return Seen("mean cosine over the run: " + "; ".join(told), verdict(*parts))
 
 
 def _sqrt_v(results: Path) -> Seen:
-    name = "update/sqrt_v_std"
-    found = {
-        kind: {label: average(results / folder, label, name) for label in labels} for kind, folder, labels in KINDS
-    }
-    told = [f"{kind}, {label}: {shown(v, '{:.2g}')}" for kind, of in found.items() for label, v in of.items()]
-    ratios = [
-        mean(imitation.values()) / mean(rl.values())
-        for rl, imitation in zip(found["RL"].values(), found["SFT"].values(), strict=True)
-    ]
-    return Seen("standard deviation of sqrt(v): " + "; ".join(told), verdict(*(ratio >= 5 for ratio in ratios)))
+    told, parts = [], []
+    for scale in SCALES:
+        (rl, labels), (sft, imitations) = scale.kinds.values()
+        for label, imitation in zip(labels, imitations, strict=True):
+            a, b = (average(results / f, name, "update/sqrt_v_std") for f, name in ((rl, label), (sft, imitation)))
+            told.append(f"{scale.name}, {label}: RL {shown(a, '{:.2g}')}, SFT {shown(b, '{:.2g}')}")
+            parts.append(mean(b.values()) >= 5 * mean(a.values()))
+    return Seen("standard deviation of sqrt(v): " + "; ".join(told), verdict(*parts))
 
 
 def _subnetwork(results: Path) -> Seen:

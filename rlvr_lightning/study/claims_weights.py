@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
 from rlvr_lightning.study.claim import (
     DENSITY,
+    SCALES,
+    TINY,
     Claim,
     Seen,
     frac,
@@ -52,61 +55,76 @@ def _thousandfold(results: Path) -> Seen:
 
 
 def _rmsprop(results: Path) -> Seen:
-    sgd, momentum_, rms, adamw = (
-        changed(results / "tiny_seeds", label, frac("tol1e-5")) for label in ("sgd", "momentum", "rmsprop", "adamw")
-    )
-    text = f"SGD {percent(sgd)}, with momentum {percent(momentum_)}, RMSProp {percent(rms)}, AdamW {percent(adamw)}"
-    dense = mean(rms.values()) > 0.9 * mean(adamw.values())
-    return Seen(text, verdict(dense, mean(momentum_.values()) < mean([*rms.values(), *sgd.values()])))
+    told, parts = [], []
+    for scale in SCALES:
+        sgd, with_, rms, adamw = (
+            changed(results / scale.rl, label, frac("tol1e-5")) for label in ("sgd", "momentum", "rmsprop", "adamw")
+        )
+        told.append(
+            f"{scale.name}: SGD {percent(sgd)}, with momentum {percent(with_)}, RMSProp {percent(rms)}, AdamW "
+            f"{percent(adamw)}"
+        )
+        parts.append(mean(rms.values()) > 0.9 * mean(adamw.values()))
+        parts.append(mean(with_.values()) < mean([*rms.values(), *sgd.values()]))
+    return Seen("; ".join(told), verdict(*parts))
 
 
 def _effective_rank(results: Path) -> Seen:
-    sgd, rms, adamw = (
-        changed(results / "tiny_seeds", label, of_rank("effective", 1)) for label in ("sgd", "rmsprop", "adamw")
-    )
-    text = f"effective rank, share of full: SGD {percent(sgd)}, RMSProp {percent(rms)}, AdamW {percent(adamw)}"
-    return Seen(text, verdict(max(sgd.values()) < min([*rms.values(), *adamw.values()]) / 2))
+    told, parts = [], []
+    for scale in SCALES:
+        sgd, rms, adamw = (
+            changed(results / scale.rl, label, of_rank("effective", 1)) for label in ("sgd", "rmsprop", "adamw")
+        )
+        told.append(f"{scale.name}: SGD {percent(sgd)}, RMSProp {percent(rms)}, AdamW {percent(adamw)}")
+        parts.append(max(sgd.values()) < min([*rms.values(), *adamw.values()]) / 2)
+    return Seen("effective rank, share of full: " + "; ".join(told), verdict(*parts))
 
 
 def _full_rank(results: Path) -> Seen:
-    sgd, adamw = (changed(results / "tiny_seeds", label, of_rank("matrix", 0)) for label in ("sgd", "adamw"))
-    text = f"rank of the change, share of full: SGD {percent(sgd)}, AdamW {percent(adamw)}"
-    return Seen(text, verdict(min(adamw.values()) > 0.99, min(sgd.values()) > 0.99))
+    told, parts = [], []
+    for scale in SCALES:
+        sgd, adamw = (changed(results / scale.rl, label, of_rank("matrix", 0)) for label in ("sgd", "adamw"))
+        told.append(f"{scale.name}: SGD {percent(sgd)}, AdamW {percent(adamw)}")
+        parts += [min(adamw.values()) > 0.99, min(sgd.values()) > 0.99]
+    return Seen("rank of the change, share of full, at least: " + "; ".join(told), verdict(*parts))
 
 
 def _norms(results: Path) -> Seen:
     told, parts = [], []
-    for label in ("sgd", "adamw"):
-        norm, rest = (changed(results / "tiny_seeds", label, frac("bf16", part)) for part in ("norms", "all but norms"))
-        told.append(f"{label}: norms {percent(norm)}, the rest {percent(rest)}")
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
+        norm, rest = (changed(results / scale.rl, label, frac("bf16", part)) for part in ("norms", "all but norms"))
+        told.append(f"{scale.name}, {label}: norms {percent(norm)}, the rest {percent(rest)}")
         parts.append(mean(norm.values()) < 0.1 * mean(rest.values()))
     return Seen("changed: " + "; ".join(told), verdict(*parts))
 
 
 def _alike(results: Path) -> Seen:
     told, parts = [], []
-    for label in ("sgd", "adamw"):
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
         by_kind: dict[str, list[float]] = {}
-        for one in changed(results / "tiny_seeds", label, lambda record: record["kinds"]).values():
+        for one in changed(results / scale.rl, label, lambda record: record["kinds"]).values():
             for kind, counts in cast(dict[str, Any], one).items():
                 by_kind.setdefault(kind, []).append(counts["changed_frac"]["bf16"])
         means = {kind: mean(values) for kind, values in by_kind.items() if kind != "norm"}
         least, most = min(means, key=lambda k: means[k]), max(means, key=lambda k: means[k])
-        told.append(f"{label}: from {percent([means[least]])} ({least}) to {percent([means[most]])} ({most})")
+        told.append(
+            f"{scale.name}, {label}: from {percent([means[least]])} ({least}) to {percent([means[most]])} ({most})"
+        )
         parts.append(means[most] < 1.5 * means[least])
     return Seen("changed: " + "; ".join(told), verdict(*parts))
 
 
 def _overlaps(results: Path) -> Seen:
     told, parts = [], []
-    for label in ("sgd", "adamw"):
-        for what, other in (("seed", label), ("data", f"{label}_other_data")):
-            rows = shared(results / "tiny_seeds", label, other, lambda one: one["parts"]["all"])
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
+        others = {"seed": label} | ({"data": f"{label}_other_data"} if scale is TINY else {})
+        for what, other in others.items():
+            rows = shared(results / scale.rl, label, other, lambda one: one["parts"]["all"])
             kinds = [[row[name] for row in rows] for name in ("jaccard", "jaccard_equal")]
             by_chance = [row["jaccard_by_chance"][1] for row in rows]
             told.append(
-                f"{label}, other {what}: {percent([mean(kinds[0])])}, by chance {percent([mean(by_chance)])}, among"
-                f" equal exponents {percent([mean(kinds[1])])}"
+                f"{scale.name}, {label}, other {what}: {percent([mean(kinds[0])])}, by chance "
+                f"{percent([mean(by_chance)])}, among equal exponents {percent([mean(kinds[1])])}"
             )
             parts.append(min(kinds[0]) > 1.1 * max(kinds[1]))
     return Seen("Jaccard index of the changed entries: " + "; ".join(told), verdict(*parts))
@@ -123,9 +141,12 @@ def _bf16_artefact(results: Path) -> Seen:
 
 def _small_weights(results: Path) -> Seen:
     told, parts = [], []
-    for label in ("sgd", "adamw"):
-        low, principal = (changed(results / "tiny_seeds", label, of_spectrum(name)) for name in ("low", "principal"))
-        told.append(f"{label}: {percent(low)} among the smallest 30 %, {percent(principal)} among the principal 30 %")
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
+        low, principal = (changed(results / scale.rl, label, of_spectrum(name)) for name in ("low", "principal"))
+        told.append(
+            f"{scale.name}, {label}: {percent(low)} among the smallest 30 %, {percent(principal)} among the principal "
+            "30 %"
+        )
         parts += [min(low.values()) > 0.3, max(principal.values()) < 0.3]
     # Rounding to bf16 alone does so too, whatever the update: nothing here could confirm more.
     return Seen("of the changed entries, " + "; ".join(told), "in part" if any(parts) else "not confirmed")
@@ -133,20 +154,21 @@ def _small_weights(results: Path) -> Seen:
 
 def _imitation_is_dense(results: Path) -> Seen:
     told, parts = [], []
-    for rl, imitation in (("sgd", "sft_sgd_rl_rate"), ("adamw", "sft_adamw_rl_rate")):
-        a = changed(results / "tiny_seeds", rl, frac("bf16"))
-        b = changed(results / "tiny_sft_seeds", imitation, frac("bf16"))
-        told.append(f"{rl}, 100 steps at the same rate: RL {percent(a)}, SFT {percent(b)}")
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
+        a = changed(results / scale.rl, label, frac("bf16"))
+        b = changed(results / scale.sft, scale.imitation("sft", label), frac("bf16"))
+        told.append(f"{scale.name}, {label}: RL {percent(a)}, SFT {percent(b)}")
         parts.append(mean(b.values()) - mean(a.values()) > 0.2)
-    dense = min(b.values()) >= 0.85  # under AdamW, as the papers' SFT
-    return Seen("changed: " + "; ".join(told), verdict(dense, *parts))
+        parts += [min(b.values()) >= 0.85] if label == "adamw" else []  # the papers' SFT is under AdamW
+    return Seen("changed by as many steps at the same rate: " + "; ".join(told), verdict(*parts))
 
 
 def _own_answers(results: Path) -> Seen:
     told, parts = [], []
-    for name in ("sgd_rl_rate", "adamw_rl_rate"):
-        own, others = (changed(results / "tiny_sft_seeds", f"{kind}_{name}", frac("bf16")) for kind in ("rft", "sft"))
-        told.append(f"{name.partition('_')[0]}: own answers {percent(own)}, others' {percent(others)}")
+    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
+        runs = (scale.imitation(answers, label) for answers in ("rft", "sft"))
+        own, others = (changed(results / scale.sft, run, frac("bf16")) for run in runs)
+        told.append(f"{scale.name}, {label}: own answers {percent(own)}, others' {percent(others)}")
         parts.append(mean(own.values()) < mean(others.values()) / 2)
     return Seen("changed, at the same rate: " + "; ".join(told), verdict(*parts))
 
