@@ -23,7 +23,7 @@ from typing import Any
 from rlvr_lightning.profiling.find_model import find_model
 from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.settings import Run
-from rlvr_lightning.study.sweep import environment_record
+from rlvr_lightning.study.running import environment_record
 
 SIZES: dict[str, Any] = {
     "micro_batch": 8,

@@ -34,7 +34,7 @@ from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.shares import sizes
 from rlvr_lightning.profiling.simulate import module_of, simulate, trainer_of, write_model
 from rlvr_lightning.rollout import HFEngine
-from rlvr_lightning.study.sweep import environment_record
+from rlvr_lightning.study.running import environment_record
 
 MODELS = ("tiny", "smollm2-135m", "qwen3-0.6b")
 SIZES: dict[str, Any] = {

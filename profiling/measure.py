@@ -26,7 +26,7 @@ from rlvr_lightning.profiling.predict import predict
 from rlvr_lightning.profiling.run_config import model_of, read_config, run_of
 from rlvr_lightning.profiling.settings import Run
 from rlvr_lightning.profiling.table import Table, render
-from rlvr_lightning.study.sweep import environment_record
+from rlvr_lightning.study.running import environment_record
 
 OUT_OF_MEMORY = 3
 """Exit status of `measure_worker`, which this module may not import: it would load torch."""

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from rlvr_lightning.configuration import PACKAGED, find_config, packaged_configs, resolve_config_arguments
-from rlvr_lightning.study.sweep import read_sweep
+from rlvr_lightning.study.plan import read_sweep
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,8 @@ from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.subnetwork_command import main, pairs
 from rlvr_lightning.optim.subnetwork import load_subnetwork
 from rlvr_lightning.policy import TINY
-from rlvr_lightning.study.sweep import Sweep, describe
+from rlvr_lightning.study.plan import Sweep
+from rlvr_lightning.study.running import describe
 
 
 @pytest.fixture(scope="module")

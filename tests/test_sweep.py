@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from rlvr_lightning.study import plots, sweep
+from rlvr_lightning.study import plots, running, sweep
+from rlvr_lightning.study.plan import Run, Sweep, read_sweep
 from rlvr_lightning.study.rates import Line, Point
 from rlvr_lightning.study.records import best_cells, cells, curves, load_records, summaries
-from rlvr_lightning.study.sweep import Run, Sweep, read_sweep
 from rlvr_lightning.study.tables import fill_blocks, rows
 
 LR = "model.init_args.optimizer.init_args.lr"
+GOING = Path("results/s/runs/sgd-lr=23-seed=0")
 
 # Writes what a run with this rate and seed would have logged: reward = rate + seed / 100 at its end.
 STAND_IN = """
@@ -26,6 +29,9 @@ if rate == 17:
     sys.exit(130)
 if rate == 19:
     time.sleep(1)
+if rate == 23:
+    (folder / "started").touch()
+    time.sleep(600)
 with open(folder / "metrics.csv", "w") as file:
     file.write("epoch,reward/mean,step,val/x/pass@1\\n0,,0,0.25\\n0,0.5,0,\\n")
     file.write(f"0,{rate + seed / 100},1,\\n0,,1,{rate / 2}\\n")
@@ -164,12 +170,47 @@ def test_an_interrupted_run_takes_no_other_s_record_with_it(stand_in, capsys):
     assert "sgd-lr=19" not in capsys.readouterr().out
 
 
+@pytest.fixture
+def going(stand_in, tmp_path):
+    """A sweep in a process of its own, whose only run has begun and does not end; it starts the stand-in."""
+    path = as_file(seeds=[0], grid={"sgd": {LR: [23]}})
+    code = f"""import sys
+from rlvr_lightning.study import sweep
+from rlvr_lightning.study.plan import Run
+Run.command = lambda self, folder: [sys.executable, "fit.py", "23", "0", str(folder)]
+sys.exit(sweep.main(["--config", {str(path)!r}]))"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (GOING / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    yield process
+    subprocess.run(["pkill", "-f", f"fit.py 23 0 {GOING}"], check=False)
+    process.kill()
+    process.communicate()
+
+
+def test_sigterm_ends_the_runs_too(going):
+    going.terminate()
+    assert "interrupted: the same command goes on" in going.communicate(timeout=60)[1].decode()
+    assert going.returncode == 130 and not load_records(Path("results/s"))
+    with running.held(GOING):
+        pass  # nobody has it any more
+
+
+def test_a_run_that_outlives_its_sweep_is_not_begun_beside_it(going, capsys):
+    going.kill()
+    going.wait()
+    assert sweep.main(["--config", "sweep.yaml"]) == 2
+    assert f"error: {GOING} is written by a run that is still going; wait for it, or end it" in capsys.readouterr().err
+    assert not load_records(Path("results/s"))
+
+
 def test_the_record_of_a_run_that_is_redone_and_interrupted_is_gone(stand_in):
     (run,) = a_sweep(seeds=[0], grid={"sgd": {LR: [17]}}).runs()
     old = Path("results/s/records") / f"{run.key}.json"
     old.parent.mkdir(parents=True)
     old.write_text("of files that are there no more")
-    assert sweep.recorded(run, a_sweep()) is None
+    assert running.recorded(run, a_sweep(), set()) is None
     assert not old.exists()
 
 

@@ -20,8 +20,9 @@ from rlvr_lightning.configuration import find_config
 from rlvr_lightning.delta.digest import digest_state
 from rlvr_lightning.delta.tensor import bits
 from rlvr_lightning.optim.subnetwork import Subnetwork
+from rlvr_lightning.study.plan import Sweep
 from rlvr_lightning.study.records import curves, load_records
-from rlvr_lightning.study.sweep import Sweep, pending, run_all
+from rlvr_lightning.study.running import pending, run_all
 
 CLOSE = 1e-4
 """Entries closer than this are the same to the papers (arXiv 2505.11711)."""
