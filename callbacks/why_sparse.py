@@ -59,21 +59,35 @@ class WhySparse(Callback):
         self._watches: list[UpdateWatch] = []
         self._handles: list[RemovableHandle] = []
         self._metrics: dict[str, float] = {}
+        self._steps: list[int] = []  # of each optimizer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run; a checkpoint's count comes after this."""
+        self._steps = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often each optimizer has stepped: the trainer counts those only that step through it."""
+        return {"steps": list(self._steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `state_dict` has it."""
+        self._steps = list(state_dict["steps"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the sample, and listen to every optimizer's steps."""
-        self._trainer, self._folder, self._since = trainer, run_folder(trainer), trainer.global_step
+        self._trainer, self._folder = trainer, run_folder(trainer)
         self._spent_s = self._trained_s = 0.0
         names = {id(p): name for name, p in pl_module.named_parameters()}
+        if len(self._steps) != len(trainer.optimizers):  # not of a checkpoint: they have stepped as often as each other
+            self._steps = [trainer.global_step // len(trainer.optimizers)] * len(trainer.optimizers)
         for index, optimizer in enumerate(trainer.optimizers):
             watch = UpdateWatch(optimizer, names, self.entries, self.seed, trainer.is_global_zero)
             self._watches.append(watch)
             self._listen(index, optimizer, watch)
 
     def _listen(self, index: int, optimizer: Optimizer, watch: UpdateWatch) -> None:
-        steps = self._since // len(self._trainer.optimizers)
-        watch.measuring = steps % self.every_n_steps == 0
-        counted = [steps]
+        since = self._steps[index]
+        watch.measuring = since % self.every_n_steps == 0
 
         def before(*_: Any) -> None:
             start = self._now()
@@ -83,23 +97,24 @@ class WhySparse(Callback):
         def after(*_: Any) -> None:
             start = self._now()
             watch.after_step()
+            self._steps[index] += 1
             if watch.measuring:
-                self._write(index, watch, counted[0] + 1)
-            counted[0] += 1
-            watch.measuring = counted[0] % self.every_n_steps == 0
+                self._write(index, watch, since)
+            watch.measuring = self._steps[index] % self.every_n_steps == 0
             self._spent_s += self._now() - start
 
         # an optimizer that updates during the backward pass says when it begins
         register = getattr(optimizer, "register_begin_hook", optimizer.register_step_pre_hook)
         self._handles += [register(before), optimizer.register_step_post_hook(after)]
 
-    def _write(self, index: int, watch: UpdateWatch, step: int) -> None:
+    def _write(self, index: int, watch: UpdateWatch, since: int) -> None:
+        step = self._steps[index]
         strategy = self._trainer.strategy
         sizes = torch.tensor([watch.sample.entries, watch.nbytes], dtype=torch.float64)
         message = torch.cat([sizes, watch.sums().view(-1)]).to(strategy.root_device)
         message = strategy.reduce(message, reduce_op="sum").cpu()
         record = as_record(watch.kinds, watch.layers, message[2:].view(watch.empty().shape))
-        about = {"step": step, "since_step": self._since, "optimizer": index, "observed": watch.observed}
+        about = {"step": step, "since_step": since, "optimizer": index, "observed": watch.observed}
         about |= {"skipped": watch.skipped}
         about |= {"sample_entries": int(message[0]), "sample_bytes": int(message[1])}
         if self._trainer.is_global_zero:

@@ -152,9 +152,10 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
             self.rollout_step += 1
             return  # the first batch is under way, and there is nothing to train on
         rollouts, scores, seconds = self.rollout(records)
-        log_scores(self, rollouts, scores, self.earned(rollouts, scores))
+        signal = self.with_signal(rollouts, scores)
+        log_scores(self, rollouts, scores, signal)
         experience = self.judge(rollouts, scores, records)
-        warn_without_signal(self, self.earned(rollouts, scores))
+        warn_without_signal(self, signal)
         learning = time.perf_counter()
         self.learn(experience)
         self._phase("")
@@ -190,7 +191,7 @@ class GRPO(FollowedByVLLM, Evaluated, PolicyModule):
         return rollouts, scores, seconds
 
     def with_signal(self, rollouts: Rollouts, scores: Scores) -> Tensor:
-        """Bool [P]: groups that need not be drawn again."""
+        """Bool [P]: groups with something to learn from, which need not be drawn again."""
         return has_signal(self.earned(rollouts, scores), self.group_size)
 
     def earned(self, rollouts: Rollouts, scores: Scores) -> Tensor:

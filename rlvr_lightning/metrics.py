@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from rlvr_lightning.advantage import has_signal
 from rlvr_lightning.estimates import interval, majority_at_k, pass_at_k
 from rlvr_lightning.ranks import Ranks
 from rlvr_lightning.rewards.score import Scores
@@ -111,13 +110,13 @@ class RolloutMetrics(_Exact):
         self.add_state("groups", [], dist_reduce_fx="cat")
         self.add_state("failed", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rollouts: Rollouts, scores: Scores, rewards: Tensor) -> None:
+    def update(self, rollouts: Rollouts, scores: Scores, signal: Tensor) -> None:
         """Add the rollouts of one rank, whole groups; every rank's scores have the same parts.
 
         Args:
             rollouts: of P prompts, R completions.
             scores: of these.
-            rewards: float [R], what is learned from: the scores less penalties. They say which groups have a signal.
+            signal: bool [P], groups with something to learn from; not looked at where groups are of one.
         """
         self.parts = list(scores.parts)
         columns = [scores.total, rollouts.lengths.cpu(), rollouts.truncated.cpu(), *scores.parts.values()]
@@ -127,8 +126,8 @@ class RolloutMetrics(_Exact):
         for prompt in range(len(distinct) if scores.answers else 0):
             answers = set(scores.answers[prompt * group : (prompt + 1) * group]) - {None}
             distinct[prompt] = len(answers)
-        signal = has_signal(rewards.cpu(), group).double() if group > 1 else torch.full_like(distinct, torch.nan)
-        self.groups.append(torch.stack([signal, distinct], 1).flatten())
+        known = signal.cpu().double() if group > 1 else torch.full_like(distinct, torch.nan)
+        self.groups.append(torch.stack([known, distinct], 1).flatten())
         self.failed += scores.failed
 
     def compute(self) -> dict[str, float]:

@@ -27,11 +27,11 @@ class Preferences(Offline):
 
     def text_of(self, record: Record) -> Text:
         """Both sides."""
-        if record.get("chosen") == record.get("rejected"):
+        sides = [ids_of(record, name, self.tokenizer, self.ends) for name in ("chosen", "rejected")]
+        if sides[0] == sides[1]:
             raise ValueError(
                 f"data: record {record.get('index')} has two equal sides, chosen and rejected; leave it out"
             )
-        sides = [ids_of(record, name, self.tokenizer, self.ends) for name in ("chosen", "rejected")]
         return Text(prompt_ids=record["prompt_ids"], completions=sides)
 
 

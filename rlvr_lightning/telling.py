@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlvr_lightning.advantage import has_signal
 from rlvr_lightning.delta.tensor import local
 from rlvr_lightning.metrics import RolloutMetrics, TokenMeans, over, summed
 from rlvr_lightning.rewards.score import Scores
@@ -18,17 +17,17 @@ from rlvr_lightning.schema import Rollouts
 from rlvr_lightning.scoring import no_signal
 
 
-def log_scores(module: Any, rollouts: Rollouts, scores: Scores, rewards: Tensor) -> None:
+def log_scores(module: Any, rollouts: Rollouts, scores: Scores, signal: Tensor) -> None:
     """Rewards and lengths, over all ranks; called by all together.
 
     Args:
         module: a GRPO.
         rollouts: of this rank.
         scores: of its R completions.
-        rewards: float32 [R], what is learned from: the scores less penalties.
+        signal: bool [P], groups with something to learn from.
     """
     measured = RolloutMetrics(**over(module.ranks))
-    measured.update(rollouts, scores, rewards)
+    measured.update(rollouts, scores, signal)
     metrics = measured.compute()
     for name in ("reward/mean", "response/length_mean"):
         module.log(name, metrics.pop(name), prog_bar=True)
@@ -42,11 +41,10 @@ def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
         module: a PolicyModule.
         sums: what its `take_step` returned, or the sum of several; norms and changes are of all ranks already.
     """
-    values = {
-        "train/nonfinite_steps": sums.get("nonfinite", 0.0),
-        "update/grad_norm": sums.get("grad_norm", 0.0) / sums["steps"],
-        "update/lr": module.updates.optimizer.param_groups[0]["lr"],
-    }
+    lost = sums.get("nonfinite", 0.0)
+    values = {"train/nonfinite_steps": lost, "update/lr": module.updates.optimizer.param_groups[0]["lr"]}
+    if lost < sums["steps"]:
+        values["update/grad_norm"] = sums.get("grad_norm", 0.0) / (sums["steps"] - lost)
     values |= {"update/changed_entries": sums["changed"]} if "changed" in sums else {}
     for name, kept in (("reference", module.reference), ("subnetwork", module.frozen)):
         if kept is not None:
@@ -89,16 +87,16 @@ def log_updates(module: Any, made: Sequence[Mapping[str, float]]) -> None:
     module.log_dict(values)
 
 
-def warn_without_signal(module: Any, rewards: Tensor) -> None:
+def warn_without_signal(module: Any, signal: Tensor) -> None:
     """Show some completions of the run's first batch if there is nothing to learn from in it; called by all ranks.
 
     Args:
         module: a GRPO; of groups of one, or with a baseline beside the group, everything teaches.
-        rewards: float32 [R], what is learned from: the scores less penalties.
+        signal: bool [P], groups with something to learn from.
     """
     if module.rollout_step != (module.ahead is not None) or module.least_group == 1:
         return
-    if not module.ranks.any(bool(has_signal(rewards, module.group_size).any())):
+    if not module.ranks.any(bool(signal.any())):
         rank_zero_warn(no_signal(module.last_samples, module.group_size))
 
 

@@ -42,11 +42,11 @@ class Tiny(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def fit(module, rows, folder, callbacks, **kwargs):
+def fit(module, rows, folder, callbacks, ckpt_path=None, **kwargs):
     """Train on batches of row numbers; returns the trainer."""
     options = {"logger": CSVLogger(folder, name="", version=""), "enable_progress_bar": False, "log_every_n_steps": 1}
+    options |= {"max_epochs": 1}
     trainer = pl.Trainer(
-        max_epochs=1,
         accelerator="cpu",
         callbacks=callbacks,
         enable_model_summary=False,
@@ -54,7 +54,7 @@ def fit(module, rows, folder, callbacks, **kwargs):
         **options | kwargs,
     )
     loader = DataLoader([torch.tensor(row) for row in rows], batch_size=1, shuffle=False)
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
 
 

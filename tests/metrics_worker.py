@@ -12,6 +12,7 @@ import torch.distributed as dist
 from conftest import random_rollouts
 from test_evaluation import validated
 
+from rlvr_lightning.advantage import has_signal
 from rlvr_lightning.metrics import Attempts, MajorityAtK, PassAtK, RolloutMetrics, TokenMeans, over
 from rlvr_lightning.ranks import ALONE, Ranks
 from rlvr_lightning.rewards.score import Scores
@@ -62,7 +63,7 @@ def measured(ranks: Ranks, numbers: list[int], how: dict[str, Any]) -> dict[str,
     found |= tokens.compute()
     rollouts = RolloutMetrics(**how)
     drawn, scores = share([number for number in numbers if number < PROMPTS])
-    rollouts.update(drawn, scores, scores.total)
+    rollouts.update(drawn, scores, has_signal(scores.total, drawn.group))
     found |= rollouts.compute()
     for name, metric in {"pass@2": PassAtK(2, **how), "maj@5": MajorityAtK(5, **how)}.items():
         metric.update(numbers, [problems()[number] for number in numbers])

@@ -234,6 +234,7 @@ def test_dapo_draws_again_what_is_all_right_or_all_wrong_whatever_its_length(fol
         assert advantages[~alike].any() and not advantages[alike].any(), "nothing is learned from length alone"
         lengths = model.seen[0].rollouts.lengths.view(-1, 2)
         assert rounds or (lengths[alike][:, 0] != lengths[alike][:, 1]).any()
+        assert model.told["reward/no_signal_frac"][0] == pytest.approx(dull[rounds] / 12), "whatever their lengths"
     assert dull[0] > dull[4]
     assert model.told["reward/overlong"][0] < 0
 

@@ -115,9 +115,21 @@ def test_angles_shift_and_masks() -> None:
         assert top_mask(scores, count).view(-1).nonzero().view(-1).tolist() == sorted(ranked)
 
 
-def test_where_changes_lie() -> None:
+@pytest.mark.parametrize("shape", [(13, 7), (7, 13), (5, 5)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_leading_part_is_that_of_the_singular_value_decomposition(shape: tuple[int, int], seed: int) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    found = leading(matrix, 3)
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(found.values, values)
+    part = (left[:, :3] * values[:3]) @ right[:3]
+    torch.testing.assert_close((found.left * found.values[:3]) @ found.right.T, part)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_changes_lie(seed: int) -> None:
     """Against masks made by sorting, for a change of the least entries alone."""
-    old = torch.randn(13, 7)
+    old = torch.randn(13, 7, generator=torch.Generator().manual_seed(seed))
     order = old.abs().view(-1).argsort()
     new = old.clone()
     new.view(-1)[order[:20]] *= 1.5

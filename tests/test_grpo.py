@@ -353,6 +353,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(folder: str, tmp_path: Pat
     trainer = fit(model, tmp_path, steps=1)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
     assert trainer.callback_metrics["train/nonfinite_steps"] == 1
+    assert "update/grad_norm" not in trainer.callback_metrics, "there was none to tell of"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from rlvr_lightning.analysis import masks, subnetwork_check
 from rlvr_lightning.analysis.first_step import FirstStep, Known, watch_first_step
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.subnetwork_command import main, pairs
+from rlvr_lightning.experience import Handling
 from rlvr_lightning.optim.subnetwork import load_subnetwork
 from rlvr_lightning.policy import TINY
+from rlvr_lightning.schema import Sampling
 from rlvr_lightning.study.plan import Sweep
 from rlvr_lightning.study.running import describe
 
@@ -78,6 +80,19 @@ def test_a_density_is_a_share_of_each_tensor_and_at_least_one_entry():
             masks.shares(None, density, shapes)
 
 
+def test_completions_that_do_not_count_have_no_fisher_information(folder, tmp_path):  # noqa: F811
+    """All are cut after two tokens, and cut ones are masked, but for those that end before."""
+    seen: list[FirstStep] = []
+    model = module(folder, sampling=Sampling(max_tokens=2), handling=Handling(truncated="mask"), group_size=8)
+    watch_first_step(model, seen.append)
+    with pytest.raises(Known):
+        fit(model, tmp_path, steps=1)
+    of_batch = [bool(mask.any()) for part in seen[0].parts for mask in part.mask]
+    found = list(masks.completions(seen[0]))
+    assert 0 < len(found) == sum(of_batch) < len(of_batch)
+    assert not any(bool(one.truncated.any()) for one in found)
+
+
 def test_fisher_information_against_gradients_of_one_completion_at_a_time(folder, tmp_path):  # noqa: F811
     """By the model's own logits; the chosen entries of each tensor are those with most."""
     seen: list[FirstStep] = []
@@ -102,6 +117,20 @@ def test_fisher_information_against_gradients_of_one_completion_at_a_time(folder
         inside = found.mask(name)
         assert int(inside.sum()) == round(0.25 * score.numel())
         assert float(score[inside].min()) >= 0.99 * float(score[~inside].max())
+
+
+def test_what_rounding_at_the_start_changed_is_no_change(folder, tmp_path):  # noqa: F811
+    """An fp32 base, and a run in bf16 that has moved one entry."""
+    base = open_weights("BASE", folder)
+    shutil.copytree(folder, tmp_path / "run")
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
+    weights["model.norm.weight"][3] += 1
+    save_file(weights, tmp_path / "run" / "model.safetensors", {"format": "pt"})
+    run = open_weights("RUN", str(tmp_path / "run"))
+    mask = masks.changed(base, run, "stored")
+    assert sum(trained(mask).values()) == 1 and bool(mask.mask("model.norm.weight")[3])
+    record = subnetwork_check.compare(base, run, run, mask)
+    assert (record["frozen_but_moved"], record["changed_outside"]) == (0, 0)
 
 
 def test_weights_are_compared_entry_by_entry(folder, tuned, tmp_path):  # noqa: F811
@@ -155,6 +184,10 @@ def test_mistakes_are_one_line(folder, tuned, tmp_path, monkeypatch, capsys):  #
         (["magnitude", folder, "--density=2", "--out=x"], "--density must be above 0 and at most 1, got 2.0"),
         (["info", "nowhere"], "there is no file nowhere"),
         (["check", "--config=nowhere.yaml", "--out=c"], "nowhere.yaml"),
+        (
+            ["check", "--config=tiny_sft.yaml", "--out=c", "--model.optimizer.weight_decay=0"],
+            "model.from_scratch: the weights the run begins with are",
+        ),
         (["check", "--config=sgd.yaml", "--out=c", "word"], "unknown arguments word; settings of `fit` are given as"),
     ):
         assert main(arguments) == 2, arguments

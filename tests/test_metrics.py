@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_rollouts
 
+from rlvr_lightning.advantage import has_signal
 from rlvr_lightning.estimates import interval, majority, majority_at_k, mcnemar_p, paired_p, pass_at_k, resampled_means
 from rlvr_lightning.losses import Counts, Objective, policy_loss
 from rlvr_lightning.metrics import (
@@ -101,7 +102,9 @@ def test_rollout_metrics_by_hand() -> None:
     total = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0])
     answers = ["4", "5", "4", "7", None, None]
     metric = RolloutMetrics()
-    metric.update(rollouts, Scores(total=total, parts={"x": total * 3}, failed=1, answers=answers), total)
+    metric.update(
+        rollouts, Scores(total=total, parts={"x": total * 3}, failed=1, answers=answers), has_signal(total, 3)
+    )
     found = metric.compute()
     assert found == {
         "reward/mean": 1.0,
@@ -115,12 +118,12 @@ def test_rollout_metrics_by_hand() -> None:
     }
     silent = RolloutMetrics()
     docked = total - torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    silent.update(rollouts, Scores(total=total, parts={}, failed=0), docked)
+    silent.update(rollouts, Scores(total=total, parts={}, failed=0), has_signal(docked, 3))
     assert "response/distinct_answers" not in silent.compute()
     assert silent.compute()["reward/no_signal_frac"] == 0, "the penalty tells the second group's apart"
     alone, single = random_rollouts(group=1), RolloutMetrics()
     ones = torch.ones(len(alone.truncated))
-    single.update(alone, Scores(total=ones, parts={}, failed=0), ones)
+    single.update(alone, Scores(total=ones, parts={}, failed=0), has_signal(ones, 1))
     assert "reward/no_signal_frac" not in single.compute()
 
 

@@ -259,6 +259,7 @@ def test_other_texts_behind_the_same_prompts_are_other_data(
     ("record", "message"),
     [
         ({"chosen": "1", "rejected": "1"}, "record 4 has two equal sides, chosen and rejected"),
+        ({"answer": "1"}, "record 4 has no text under 'chosen'; its fields are answer, prompt"),
         ({"chosen": "1", "rejected": ""}, "record 4 has an empty text under 'rejected'"),
         ({"chosen": "1", "worse": "2"}, "record 4 has no text under 'rejected'; its fields are chosen, prompt, worse"),
     ],

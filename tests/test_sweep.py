@@ -13,7 +13,7 @@ import pytest
 from rlvr_lightning.study import plots, running, sweep
 from rlvr_lightning.study.plan import Run, Sweep, read_sweep
 from rlvr_lightning.study.rates import Line, Point
-from rlvr_lightning.study.records import best_cells, cells, curves, load_records, summaries
+from rlvr_lightning.study.records import Cell, best_cells, cells, curves, load_records, summaries
 from rlvr_lightning.study.tables import fill_blocks, rows
 
 LR = "model.init_args.optimizer.init_args.lr"
@@ -29,6 +29,8 @@ if rate == 17:
     sys.exit(130)
 if rate == 19:
     time.sleep(1)
+if rate == 29:
+    rate = float("nan")
 if rate == 23:
     (folder / "started").touch()
     time.sleep(600)
@@ -227,6 +229,39 @@ def test_a_run_that_is_redone_keeps_nothing_of_the_earlier_one(stand_in):
     assert not any(file.exists() for file in old) and (run / "checkpoints").is_dir()
 
 
+def test_a_run_that_ends_in_nan_is_told_and_the_others_go_on(stand_in, capsys):
+    assert sweep.main(["--config", str(as_file(seeds=[0], grid={"sgd": {LR: [29, 1.0]}}))]) == 0
+    told = capsys.readouterr().out
+    assert "val/x/pass@1 0.250 -> not finite" in told and "[2/2]" in told and "take 1" in told
+
+
+def test_records_of_other_runs_are_no_part_of_the_advice(stand_in, capsys):
+    """A rate that was swept with other settings: it stays in the folder, and is of another line."""
+    sweep.main(["--config", str(as_file(seeds=[0], grid={"sgd": {LR: [0.97, 1.0]}}, overrides={"trainer.x": 1}))])
+    assert "stable from 0.97 to 1, the highest" in capsys.readouterr().out
+    sweep.main(["--config", str(as_file(seeds=[0], grid={"sgd": {LR: [1.0]}}))])
+    told = capsys.readouterr().out
+    assert "left out: 1 records in results/s are of other runs" in told and "sgd: stable at 1" in told
+    assert len(load_records(Path("results/s"))) == 2
+
+
+def test_only_learning_rates_are_judged(stand_in, capsys):
+    grid = {"sgd": {"model.kl": [0.0, 0.5], LR: [0.1]}}
+    sweep.main(["--config", str(as_file(seeds=[0], grid=grid))])
+    told = capsys.readouterr().out
+    assert "sgd, kl 0: " in told and "sgd, kl 0.5: " in told and "take 0.5" not in told
+
+
+def test_the_best_cell_is_a_whole_one_and_has_less_of_a_loss():
+    def cell(lr, *values, metric):
+        kept = [{"metrics": {metric: {"final": value}}, "status": "ok"} for value in values if value is not None]
+        return Cell("a", {"lr": lr}, kept + [{"status": "failed"}] * values.count(None))
+
+    assert best_cells([cell(1, 0.5, metric="sft/nll"), cell(2, 7.0, metric="sft/nll")], "sft/nll")[0].point["lr"] == 1
+    found = [cell(1, 0.8, 0.8, metric="pass@1"), cell(2, 0.9, None, metric="pass@1")]
+    assert best_cells(found, "pass@1")[0].point["lr"] == 1, "half of the other failed"
+
+
 def test_a_run_without_the_metric_is_a_failure(stand_in):
     assert sweep.main(["--config", str(as_file(metrics=["absent"], seeds=[0]))]) == 1
     record = load_records(Path("results/s"))["sgd-lr=0.1-seed=0"]
@@ -397,6 +432,8 @@ def test_rates_of_one_config_are_swept_from_the_command_line(stand_in, capsys):
     [
         (["--lr", "3..1"], "--lr must be LOW..HIGH with 0 < LOW < HIGH, or rates with commas between, got '3..1'"),
         (["--lr", "0..1"], "--lr must be LOW..HIGH"),
+        (["--lr", "0.1,0.1"], "sweep: several runs would be named base-lr=0.1-seed=0"),
+        (["--lr", "0.1", "--seeds", "1,1"], "sweep: several runs would be named base-lr=0.1-seed=1"),
         (["--lr", "1..2", "--per_decade", "0"], "--per_decade must be at least 1, got 0"),
         (["--lr", "1..2", "--seeds", "a"], "--seeds must be whole numbers with commas between, got 'a'"),
         (["--lr", "1..2", "--trainer.max_steps"], "settings of fit come as --name value, got --trainer.max_steps"),

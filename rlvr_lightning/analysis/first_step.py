@@ -70,15 +70,6 @@ def first_step(arguments: Sequence[str], look: Callable[[FirstStep], None]) -> N
     begin([*arguments, *FIXED], lambda module: watch_first_step(module, look))
 
 
-def check_settings(arguments: Sequence[str]) -> None:
-    """Raise ValueError, or leave with status 2, for settings that `fit` refuses before it loads anything."""
-
-    def known(module: Any) -> None:
-        raise Known
-
-    begin(arguments, known)
-
-
 def begin(arguments: Sequence[str], built: Callable[[PolicyModule], None]) -> None:
     """Begin a fit in this process, and leave nothing behind.
 

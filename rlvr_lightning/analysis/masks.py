@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlvr_lightning.analysis.first_step import FirstStep
-from rlvr_lightning.analysis.matching import Matched, match
+from rlvr_lightning.analysis.matching import Matched, match, spec_of
 from rlvr_lightning.analysis.weights import Weights, gather
 from rlvr_lightning.checkpoint.start import model_name
 from rlvr_lightning.delta.tensor import bits
@@ -48,11 +48,19 @@ def matched(*models: Weights) -> Matched:
     return found
 
 
+def from_start(found: Matched, name: str) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of a tensor of a base and of runs, the base's rounded as the first run held it from its start."""
+    held = spec_of(found.models[1], name)
+    assert held is not None
+    for old, *runs in found.pieces(name):
+        yield old.to(held.dtype).to(old.dtype), *runs
+
+
 def changed(base: Weights, tuned: Weights, view: View = "bf16") -> Subnetwork:
-    """The entries in which two models differ, a piece in memory at a time."""
+    """The entries in which a run differs from its base, a piece in memory at a time."""
     found = matched(base, tuned)
     packed = {
-        name: torch.cat([pack(differ(old, new, view)) for old, new in found.pieces(name)])
+        name: torch.cat([pack(differ(old, new, view)) for old, new in from_start(found, name)])
         if spec.entries
         else torch.zeros(0, dtype=torch.uint8)
         for name, spec in found.tensors.items()
@@ -151,5 +159,5 @@ def completions(step: FirstStep) -> Iterator[Rollouts]:
         found: Any = rollouts_of(part, step.module.device) if texts else getattr(part, "rollouts", None)
         if not isinstance(found, Rollouts):
             raise ValueError(f"{type(step.module).__name__} learns from no completions one by one; take GRPO or SFT")
-        alone = found.split_groups(found.group)
-        yield from (alone.select([row]) for row in range(len(alone.prompt_ids)))
+        alone, counts = found.split_groups(found.group), getattr(part, "mask", found.completion_mask).any(1)
+        yield from (alone.select([row]) for row in range(len(alone.prompt_ids)) if counts[row])

@@ -23,7 +23,7 @@ class Leading(NamedTuple):
     left: Tensor
     """[m, k] orthonormal."""
     right: Tensor
-    """[n, k] orthonormal."""
+    """[n, k] orthonormal; (left * values[:k]) @ right.T is the part of rank k."""
 
 
 def leading(matrix: Tensor, k: int) -> Leading:
@@ -34,8 +34,8 @@ def leading(matrix: Tensor, k: int) -> Leading:
     squares, vectors = torch.linalg.eigh(gram(matrix))
     values = squares.flip(0).clamp(min=0).sqrt()
     right = vectors.flip(1)[:, :k]
-    left = torch.cat([rows.double() @ right for rows in matrix.split(4096)])
-    return Leading(values, torch.linalg.qr(left).Q, right)
+    left, lengths = torch.linalg.qr(torch.cat([rows.double() @ right for rows in matrix.split(4096)]))
+    return Leading(values, torch.where(lengths.diagonal() < 0, -left, left), right)  # QR is free to turn a column round
 
 
 def spectral_shift(old: Tensor, new: Tensor) -> float:

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from rlvr_lightning.analysis.command import percent, print_table
-from rlvr_lightning.analysis.first_step import check_settings
-from rlvr_lightning.analysis.masks import View, changed, matched
+from rlvr_lightning.analysis.first_step import Known, begin
+from rlvr_lightning.analysis.masks import View, changed, from_start, matched
 from rlvr_lightning.analysis.opening import open_weights
 from rlvr_lightning.analysis.weights import Weights
 from rlvr_lightning.callbacks.run_files import write_json
@@ -44,7 +44,7 @@ def check(config: str, settings: Mapping[str, str], out: Path, view: View, seed:
     """
     some_file = find_config(config)  # any will do: it is settings that are looked at
     given = [f"--{name}={value}" for name, value in settings.items()]
-    check_settings(["--config", config, *given, f"--model.subnetwork={some_file}"])
+    begin(["--config", config, *given, f"--model.subnetwork={some_file}"], _look_at_settings)
     full = _train("full", config, settings, out, seed)
     base_name = yaml.safe_load((full / "config.yaml").read_text())["model"]["init_args"]["model"]
     base, tuned = open_weights("BASE", base_name), open_weights("FULL", str(full))
@@ -59,6 +59,13 @@ def check(config: str, settings: Mapping[str, str], out: Path, view: View, seed:
     record["environment"] = next(iter(load_records(out).values()))["environment"]
     write_json(out / "check.json", record)
     return record
+
+
+def _look_at_settings(module: Any) -> None:
+    """What `fit` refuses it has refused by now; nothing is loaded yet."""
+    if getattr(module, "from_scratch", False):
+        raise ValueError("model.from_scratch: the weights the run begins with are kept nowhere; begin with a model")
+    raise Known
 
 
 def _train(label: str, config: str, settings: Mapping[str, str], out: Path, seed: int) -> Path:
@@ -87,7 +94,7 @@ def compare(base: Weights, full: Weights, alone: Weights, subnetwork: Subnetwork
     counts, largest = dict.fromkeys(names, 0), 0.0
     for name in found.tensors:
         mask, at = subnetwork.mask(name).view(-1), 0
-        for old, new, other in found.pieces(name):
+        for old, new, other in from_start(found, name):
             inside = mask[at : at + len(old)]
             distance = (new.double() - other.double()).abs()
             seen = {

@@ -56,6 +56,8 @@ def _rates(results: Path) -> Seen:
     take = {line.name: line.suggestion() or 0.0 for line in found}
     bands = {line.name: [point.rate for point in line.band()] for line in found}
     told = "; ".join(f"{name}: {band[0]:g} to {band[-1]:g}" for name, band in bands.items() if band)
+    if not (take.get("sgd") and take.get("adamw")):
+        return Seen(f"stable rates: {told or 'none'}", "not confirmed")
     ratio = take["sgd"] / take["adamw"]
     return Seen(f"stable rates: {told}; SGD's is {ratio:,.0f} times AdamW's", verdict(ratio >= 100))
 

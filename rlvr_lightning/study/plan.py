@@ -50,6 +50,12 @@ class Sweep:
             for setting, values in grid.items():
                 if not isinstance(values, list) or not values:
                     raise ValueError(f"sweep.grid.{label}.{setting} must be a list of values, got {values!r}")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        keys = [run.key for run in self.runs()]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"sweep: several runs would be named {sorted(twice)[0]}")
 
     @property
     def folder(self) -> Path:
@@ -121,9 +127,6 @@ def read_sweep(path: Path) -> Sweep:
     if missing := {"name", "configs", "metrics"} - set(content):
         raise ValueError(f"{path}: {sorted(missing)} missing")
     sweep = Sweep(**content)
-    keys = [run.key for run in sweep.runs()]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"{path}: several runs would be named {sorted(twice)[0]}")
     for config in itertools.chain(*sweep.configs.values()):
         find_config(config)
     return sweep

@@ -81,15 +81,14 @@ def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
         if number == 0 and line.start is not None:
             axes.axhline(line.start, color="grey", linewidth=1, linestyle=":", label="start")
     axes.set_xscale("log")
-    settings = {setting.rpartition(".")[2] for cell in found if (setting := swept(cell))}
-    axes.set_xlabel(" / ".join("learning rate" if name == "lr" else name for name in sorted(settings)))
+    axes.set_xlabel("learning rate")
     axes.set_ylabel(f"{metric} at the end")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 
 
 def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Figure]:
-    """Figures by file name: `curves` of the best cell of each label, and `rates` if a number was swept."""
+    """Figures by file name: `curves` of the best cell of each label, and `rates` if a learning rate was swept."""
     from matplotlib.figure import Figure
 
     found = cells(records)
@@ -110,13 +109,14 @@ def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dic
     return result
 
 
-def draw(folder: Path, metrics: Sequence[str], labels: Sequence[str] = ()) -> list[Path]:
-    """Write `curves`, `rates` (PNG, SVG) and `table.md` into a sweep's folder; returns their paths.
+def draw(
+    folder: Path, records: Sequence[Mapping[str, Any]], metrics: Sequence[str], labels: Sequence[str] = ()
+) -> list[Path]:
+    """Write `curves`, `rates` (PNG, SVG) and `table.md` of records into a sweep's folder; returns their paths.
 
     Raises:
         ValueError: there are no records.
     """
-    records = list(load_records(folder).values())
     if not records:
         raise ValueError(f"no records in {folder / 'records'}; run the sweep first")
     shown = of_labels(records, labels, folder.name) if labels else records
@@ -165,9 +165,8 @@ def main(argv: list[str]) -> int:
     try:
         if options.target.is_file():
             return fill(options.target, options.check)
-        print(
-            "\n".join(map(str, draw(options.target, options.metric, options.only.split(",") if options.only else ())))
-        )
+        records, labels = list(load_records(options.target).values()), options.only.split(",") if options.only else ()
+        print("\n".join(map(str, draw(options.target, records, options.metric, labels))))
         return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

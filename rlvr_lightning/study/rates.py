@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from rlvr_lightning.study.records import Cell
+from rlvr_lightning.study.records import Cell, lower_is_better
 
 KEPT = 0.9
-LOWER_IS_BETTER = ("nll", "loss")
 
 
 def parse_rates(text: str, per_decade: int = 2) -> list[float]:
@@ -47,14 +46,14 @@ def parse_rates(text: str, per_decade: int = 2) -> list[float]:
     if ".." not in text:
         return ends
     steps = max(1, round(math.log10(ends[1] / ends[0]) * per_decade))
-    return [float(f"{ends[0] * (ends[1] / ends[0]) ** (i / steps):.1e}") for i in range(steps + 1)]
+    grid = [float(f"{ends[0] * (ends[1] / ends[0]) ** (i / steps):.1e}") for i in range(steps + 1)]
+    return list(dict.fromkeys(grid))  # rounding makes near ones the same
 
 
 def swept(cell: Cell) -> str | None:
-    """The setting to put on an axis: the learning rate if it was swept, else the first that is a positive number."""
-    numbers = [key for key, value in cell.point.items() if isinstance(value, int | float) and value > 0]
-    rates = [key for key in numbers if key.rpartition(".")[2] in ("lr", "learning_rate")]
-    return next(iter(rates + numbers), None)
+    """The setting that is a learning rate, if one was swept; a rate of 0 is a model that is not trained."""
+    rates = (key for key in cell.point if key.rpartition(".")[2] in ("lr", "learning_rate"))
+    return next((key for key in rates if cell.point[key] > 0), None)
 
 
 def settled(curve: Sequence[Sequence[Any]]) -> float | None:
@@ -85,7 +84,7 @@ class Line:
     name: str
     points: list[Point]
     start: float | None
-    """Mean of the first values of the metric."""
+    """Mean of the metric's first values: before training, or in the first batch, which is drawn before any step."""
     lower: bool = False
     """Whether less is better."""
 
@@ -132,17 +131,16 @@ class Line:
 
 
 def lines(found: Iterable[Cell], metric: str) -> list[Line]:
-    """The swept rates of each label and remaining settings; cells without a swept number are left out."""
+    """The swept rates of each label and remaining settings; cells without a rate are left out."""
     groups: dict[str, list[tuple[float, Cell]]] = {}
     for cell in found:
         if (setting := swept(cell)) is not None:
             rest = {key: value for key, value in cell.point.items() if key != setting}
             groups.setdefault(Cell(cell.label, rest, []).name, []).append((cell.point[setting], cell))
-    lower = metric.rpartition("/")[2] in LOWER_IS_BETTER
-    return [_line(name, sorted(group, key=lambda pair: pair[0]), metric, lower) for name, group in groups.items()]
+    return [_line(name, sorted(group, key=lambda pair: pair[0]), metric) for name, group in groups.items()]
 
 
-def _line(name: str, group: Sequence[tuple[float, Cell]], metric: str, lower: bool) -> Line:
+def _line(name: str, group: Sequence[tuple[float, Cell]], metric: str) -> Line:
     points, starts = [], []
     for rate, cell in group:
         curves = [record["metrics"][metric]["curve"] for record in cell.good if metric in record["metrics"]]
@@ -150,4 +148,4 @@ def _line(name: str, group: Sequence[tuple[float, Cell]], metric: str, lower: bo
         values = [value for value in ends if value is not None]
         points.append(Point(rate, values, len(cell.records) - len(values)))
         starts += [curve[0][1] for curve in curves if curve[0][1] is not None]
-    return Line(name, points, mean(starts) if starts else None, lower)
+    return Line(name, points, mean(starts) if starts else None, lower_is_better(metric))

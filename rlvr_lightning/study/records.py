@@ -11,6 +11,16 @@ from pathlib import Path
 from typing import Any
 
 Curve = list[tuple[int, float]]
+LOWER_IS_BETTER = ("nll", "loss")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better.
+
+    >>> lower_is_better("sft/nll"), lower_is_better("reward/mean")
+    (True, False)
+    """
+    return metric.rpartition("/")[2] in LOWER_IS_BETTER
 
 
 def measured_rows(metrics_csv: Path) -> Iterator[tuple[int, dict[str, float]] | None]:
@@ -129,12 +139,13 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 
 def best_cells(found: Iterable[Cell], metric: str) -> list[Cell]:
-    """For each label the cell whose mean final value of a metric is highest; of those with NaN only if all have it."""
+    """For each label the cell whose mean final value of a metric is best; one with NaN or failures only if all have."""
     best: dict[str, tuple[tuple[bool, float], Cell]] = {}
+    sign = -1 if lower_is_better(metric) else 1
     for cell in found:
         values = cell.values(metric)
-        mean = sum(values) / len(values) if values else -math.inf
-        rank = (not cell.not_finite(metric), mean)
+        mean = sign * sum(values) / len(values) if values else -math.inf
+        rank = (len(values) == len(cell.records), mean)
         if cell.label not in best or rank > best[cell.label][0]:
             best[cell.label] = (rank, cell)
     return [cell for _, cell in best.values()]

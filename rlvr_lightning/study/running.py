@@ -138,6 +138,13 @@ def pending(sweep: Sweep, redo: bool = False) -> tuple[list[Run], list[str]]:
     return todo, warnings
 
 
+def of_sweep(sweep: Sweep) -> list[dict[str, Any]]:
+    """The records of the sweep's own runs, of commands that they have now; those of earlier versions may lie beside."""
+    commands = {run.key: describe(run, sweep)["command"] for run in sweep.runs()}
+    found = load_records(sweep.folder)
+    return [record for key, record in found.items() if record["command"] == commands.get(key)]
+
+
 def reread(sweep: Sweep) -> int:
     """Take up metrics that the sweep names and a record lacks, from the run's log; returns how many records changed."""
     changed = 0
@@ -209,5 +216,6 @@ def progress_line(run: Run, record: Mapping[str, Any], metric: str) -> str:
     """How one run went."""
     if record["status"] != "ok":
         return f"{run.key}: FAILED after {record['wall_s']:.0f} s: {record['last_lines'][-1:]}"
-    summary = record["metrics"][metric]
-    return f"{run.key}: {record['wall_s']:.0f} s, {metric} {summary['start']:.3f} -> {summary['final']:.3f}"
+    ends = (record["metrics"][metric][which] for which in ("start", "final"))
+    start, final = ("not finite" if value is None else f"{value:.3f}" for value in ends)
+    return f"{run.key}: {record['wall_s']:.0f} s, {metric} {start} -> {final}"

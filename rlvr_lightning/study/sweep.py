@@ -38,14 +38,16 @@ from rlvr_lightning.configuration import find_config
 from rlvr_lightning.study.plan import Sweep, lr_sweep, read_sweep
 from rlvr_lightning.study.rates import lines
 from rlvr_lightning.study.records import cells, load_records
-from rlvr_lightning.study.running import pending, reread, run_all
+from rlvr_lightning.study.running import of_sweep, pending, reread, run_all
 
 
 def tell(sweep: Sweep) -> None:
-    """Table, advice on rates and figures of all records there are."""
+    """Table, advice on rates and figures of the sweep's records."""
     from rlvr_lightning.study.tables import print_table
 
-    records = list(load_records(sweep.folder).values())
+    records = of_sweep(sweep)
+    if others := len(load_records(sweep.folder)) - len(records):
+        print(f"left out: {others} records in {sweep.folder} are of other runs; `plots {sweep.folder}` shows all")
     print_table(records, sweep.metrics[:3])
     for line in lines(cells(records), sweep.metrics[0]):
         print(line.advice())
@@ -54,7 +56,7 @@ def tell(sweep: Sweep) -> None:
     elif any(record["status"] == "ok" for record in records):
         from rlvr_lightning.study.plots import draw
 
-        print("drawn:", *draw(sweep.folder, []))
+        print("drawn:", *draw(sweep.folder, records, []))
 
 
 def main(argv: list[str]) -> int:
