@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-PASS, TEST = "val/arithmetic/pass@1", "val/test/pass@1"
+PASS, TEST, ALL = "val/arithmetic/pass@1", "val/test/pass@1", "val/all/pass@1"
 DENSITY = "update/changed_frac_total/bf16"
 ALIKE = 0.03
 """Accuracies that differ by less count as alike."""

@@ -8,6 +8,7 @@ from statistics import mean
 
 from rlvr_lightning.study.claim import (
     ALIKE,
+    ALL,
     PASS,
     SCALES,
     TEST,
@@ -109,8 +110,13 @@ def _guards(results: Path) -> Seen:
             on = {"kl_coef": 0.001, "max_grad_norm": 0.2}
             shares = difference(changed(folder, label, frac("bf16"), **off), changed(folder, label, frac("bf16"), **on))
             score = difference(final(folder, label, PASS, **off), final(folder, label, PASS, **on))
-            told.append(f"{label} without {name}: changed {signed(shares)}, pass@1 {signed(score)}")
+            told.append(f"tiny, {label} without {name}: changed {signed(shares)}, pass@1 {signed(score)}")
             parts.append(inside(shares, 0.05) and inside(score, ALIKE))
+    for label, lr in (("sgd", 0.03), ("adamw", 3e-6)):  # one seed each: no intervals
+        runs = (final(results / "smollm2_sweep", run, ALL, lr=lr) for run in (label, f"{label}_unclipped"))
+        clipped, unclipped = (mean(values.values()) for values in runs)
+        told.append(f"SmolLM2, {label} without clipping: pass@1 {unclipped:.3f}, with it {clipped:.3f} (one run each)")
+        parts.append(abs(clipped - unclipped) < ALIKE)
     return Seen("; ".join(told), verdict(*parts))
 
 
