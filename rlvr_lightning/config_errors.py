@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -32,6 +32,16 @@ class Parser(LightningArgumentParser):
         after_the_first()
         self.exit(2, f"error: {condense(message)}\n")
         raise AssertionError("exit returned")
+
+    def _check_value_key(self, action: Action, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """Also accept what is an interpolation still.
+
+        Settings that another class takes over are checked before they are interpolated: `${seed_everything}` is no
+        number then, and would be dropped without a word.
+        """
+        if isinstance(value, str) and "${" in value:
+            return value
+        return super()._check_value_key(action, value, *args, **kwargs)
 
 
 def report(error: Exception) -> int | None:

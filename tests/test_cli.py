@@ -200,6 +200,15 @@ def test_packaged_configs_parse(name: str, tmp_path: Path, capsys: pytest.Captur
     assert "class_path" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["--model=rlvr_lightning.rloo.RLOO"], ["--model.group_size=4"]])
+def test_a_seed_reaches_a_model_of_another_class_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`seed: ${seed_everything}` is no number when the other class takes settings over."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=sgd.yaml", *words, "--seed_everything=3", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["seed"] == printed["data"]["init_args"]["seed"] == 3
+
+
 @pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_distributions_work_away_from_the_checkout(kind: str, tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", f"--{kind}", "--outdir", tmp_path, ROOT]
