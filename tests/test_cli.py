@@ -203,6 +203,8 @@ def test_packaged_configs_parse(name: str, tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("words", [["--model=rlvr_lightning.rloo.RLOO"], ["--model.group_size=4"]])
 def test_a_seed_reaches_a_model_of_another_class_too(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """`seed: ${seed_everything}` is no number when the other class takes settings over."""
+    from rlvr_lightning.cli import main
+
     with pytest.raises(SystemExit):
         main(["fit", "--config=sgd.yaml", *words, "--seed_everything=3", "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
