@@ -146,8 +146,10 @@ def _bf16_artefact(results: Path) -> Seen:
 
 def _small_weights(results: Path) -> Seen:
     told, parts = [], []
+    unguarded: dict[str, Any] = {"kl_coef": 0.001, "max_grad_norm": 0.0}
     for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
-        low, principal = (changed(results / scale.rl, label, of_spectrum(name)) for name in ("low", "principal"))
+        folder, point = (results / "tiny_guards", unguarded) if scale is TINY else (results / scale.rl, {})
+        low, principal = (changed(folder, label, of_spectrum(name), **point) for name in ("low", "principal"))
         told.append(
             f"{scale.name}, {label}: {percent(low)} among the smallest 30 %, {percent(principal)} among the principal "
             "30 %"
