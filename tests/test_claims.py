@@ -93,6 +93,24 @@ def test_the_subnetwork_has_to_reach_every_entry(tmp_path):
     assert "sgd: 100 % within 1e-4, pass@1 +0.010" in seen.text and "adamw: 90 % within 1e-4" in seen.text
 
 
+def test_few_weights_against_all_of_them(tmp_path):
+    """Starts are 0; the gain of all weights is 0.8. Each way is taken at its best rate."""
+    write(tmp_path / "tiny_algorithms", "grpo", [0.78, 0.82])
+    for label, by_rate in {
+        "lora_sgd": {0.1: [0.79, 0.83], 0.3: [0.0, 0.1]},
+        "lora_adamw": {0.1: [0.5, 0.54]},
+        "fisher_sgd": {0.1: [0.7, 0.82]},
+        "random_sgd": {0.1: [0.2, 0.2], 1.0: [0.4, 0.4]},
+    }.items():
+        for rate, values in by_rate.items():
+            write(tmp_path / "tiny_lora", label, values, **{"x.lr": rate})
+    assert look("SGD scores better than LoRA", tmp_path).verdict == "not confirmed"
+    seen = look("LoRA of rank 1 learns as well", tmp_path)
+    assert seen == ("LoRA under SGD minus SGD on all weights, pass@1: +0.010 (95 %: +0.010 to +0.010)", "confirmed")
+    seen = look("the entries with most Fisher", tmp_path)
+    assert seen == ("of the gain of all weights, 1.4 % of them keep: Fisher 95 %, at random 50 %", "confirmed")
+
+
 def test_averages_are_over_the_curve(tmp_path):
     write(tmp_path, "a", [0.5])
     assert average(tmp_path, "a", PASS) == {0: 0.25}  # 0, then a half

@@ -4,7 +4,8 @@ Each claim has a rule that says, before one looks, what would confirm it here; t
 records. `python -m rlvr_lightning plots results/CLAIMS.md` fills the page's `<!-- claims -->` block.
 
 A = "Do We Need Adam?" (arXiv 2602.07729), B = "RL Finetunes Small Subnetworks" (arXiv 2505.11711), C = what challenges
-them: RL's Razor (2509.04259), The Path Not Taken (2511.08567).
+them: RL's Razor (2509.04259), The Path Not Taken (2511.08567), LoRA Without Regret (Thinking Machines, 2025), and the
+authors' own later paper on Fisher information (2609.36262).
 """
 
 from __future__ import annotations

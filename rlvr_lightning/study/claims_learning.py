@@ -19,6 +19,7 @@ from rlvr_lightning.study.claim import (
     verdict,
 )
 from rlvr_lightning.study.claim_numbers import (
+    BySeed,
     average,
     changed,
     difference,
@@ -28,8 +29,8 @@ from rlvr_lightning.study.claim_numbers import (
     shown,
     signed,
 )
-from rlvr_lightning.study.rates import lines
-from rlvr_lightning.study.records import cells
+from rlvr_lightning.study.rates import KEPT, lines
+from rlvr_lightning.study.records import best_cells, cells
 
 
 def _accuracy(results: Path) -> Seen:
@@ -120,6 +121,48 @@ def _guards(results: Path) -> Seen:
     return Seen("; ".join(told), verdict(*parts))
 
 
+def _best(results: Path, label: str) -> BySeed:
+    """Final accuracies of `lora_tiny.yaml` at the label's best rate."""
+    cells_of = [cell for cell in cells(records(results / "tiny_lora").values()) if cell.label == label]
+    if not cells_of:
+        raise ValueError(f"claims: {results}/tiny_lora has no run of {label}")
+    (best,) = best_cells(cells_of, PASS)
+    return {record["seed"]: record["metrics"][PASS]["final"] for record in best.good}
+
+
+def _adapters(results: Path) -> dict[str, tuple[float, float, float]]:
+    full = final(results / "tiny_algorithms", "grpo", PASS)
+    return {name: difference(_best(results, label), full) for name, label in ADAPTERS.items()}
+
+
+def _better_than_lora(results: Path) -> Seen:
+    found = _adapters(results)
+    told = "; ".join(f"{name} minus SGD on all weights, pass@1: {signed(off)}" for name, off in found.items())
+    return Seen(told, verdict(all(high < 0 for _, _, high in found.values())))
+
+
+def _lora_is_enough(results: Path) -> Seen:
+    name, off = max(_adapters(results).items(), key=lambda pair: pair[1][0])
+    return Seen(f"{name} minus SGD on all weights, pass@1: {signed(off)}", verdict(off[1] > -ALIKE))
+
+
+def _fisher_mask(results: Path) -> Seen:
+    full = final(results / "tiny_algorithms", "grpo", PASS)
+    start = mean(
+        record["metrics"][PASS]["start"]
+        for record in records(results / "tiny_algorithms").values()
+        if record["label"] == "grpo"
+    )
+    gains = {
+        name: (mean(_best(results, label).values()) - start) / (mean(full.values()) - start)
+        for name, label in MASKS.items()
+    }
+    told = ", ".join(f"{name} {percent([gain])}" for name, gain in gains.items())
+    return Seen(f"of the gain of all weights, 1.4 % of them keep: {told}", verdict(gains["Fisher"] > KEPT))
+
+
+ADAPTERS = {"LoRA under SGD": "lora_sgd", "LoRA under AdamW": "lora_adamw"}
+MASKS = {"Fisher": "fisher_sgd", "at random": "random_sgd"}
 CLAIMS = [
     Claim("A", "SGD without momentum learns as well as AdamW", f"lower end above -{ALIKE}", _accuracy),
     Claim("A", "momentum is not needed", f"lower end above -{ALIKE}", _momentum),
@@ -136,6 +179,14 @@ CLAIMS = [
         "what AdamW divides by varies less in RL (2.3e-7) than in SFT (5.1e-6): an adaptive rate has little to do",
         "SFT at least 5 times RL",
         _sqrt_v,
+    ),
+    Claim("A", "SGD scores better than LoRA of rank 1", "upper ends below 0, each at its best rate", _better_than_lora),
+    Claim("C", "LoRA of rank 1 learns as well as all weights do", f"lower end above -{ALIKE}", _lora_is_enough),
+    Claim(
+        "C",
+        "the entries with most Fisher information at the start, trained alone, keep most of the gain",
+        f"above {100 * KEPT:.0f} %",
+        _fisher_mask,
     ),
     Claim(
         "B",
