@@ -15,32 +15,16 @@ Verdict = Literal["confirmed", "in part", "not confirmed", "not run"]
 
 
 class Scale(NamedTuple):
-    """A model that learned by reinforcement and by imitation: folders of the two, and how the latter's runs are named.
-
-    >>> SMOLLM2.kinds["SFT"], TINY.imitation("rft", "sgd")
-    (('smollm2_study', ('sft_sgd', 'sft_adamw')), 'rft_sgd_rl_rate')
-    """
+    """A model that learned by reinforcement, under SGD (`sgd`) and AdamW (`adamw`), and the folder of these runs."""
 
     name: str
     rl: str
-    sft: str
-    suffix: str
-    """Of runs at the learning rate of reinforcement."""
-
-    def imitation(self, answers: str, optimizer: str) -> str:
-        """Label of the runs that imitate others' (`sft`) or the model's own answers (`rft`)."""
-        return f"{answers}_{optimizer}{self.suffix}"
-
-    @property
-    def kinds(self) -> dict[str, tuple[str, tuple[str, str]]]:
-        """Folder and labels, SGD's and AdamW's, of each kind of training."""
-        imitation = (self.imitation("sft", "sgd"), self.imitation("sft", "adamw"))
-        return {"RL": (self.rl, ("sgd", "adamw")), "SFT": (self.sft, imitation)}
 
 
-TINY = Scale("tiny", "tiny_seeds", "tiny_sft_seeds", "_rl_rate")
-SMOLLM2 = Scale("SmolLM2", "smollm2_study", "smollm2_study", "")
+TINY, SMOLLM2 = Scale("tiny", "tiny_seeds"), Scale("SmolLM2", "smollm2_study")
 SCALES = (TINY, SMOLLM2)
+IMITATION = "tiny_sft_seeds"
+"""Imitation by the tiny model; the runs of OPTIMIZER at the rate of reinforcement are `sft_OPTIMIZER_rl_rate`."""
 
 
 class Seen(NamedTuple):

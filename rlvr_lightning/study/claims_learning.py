@@ -9,9 +9,11 @@ from statistics import mean
 from rlvr_lightning.study.claim import (
     ALIKE,
     ALL,
+    IMITATION,
     PASS,
     SCALES,
     TEST,
+    TINY,
     Claim,
     Seen,
     frac,
@@ -66,23 +68,25 @@ def _rates(results: Path) -> Seen:
 
 def _momentum_cosine(results: Path) -> Seen:
     told, parts = [], []
-    for scale in SCALES:
-        for kind, (folder, labels) in scale.kinds.items():
-            found = {label: average(results / folder, label, "update/momentum_cosine") for label in labels}
-            told += [f"{scale.name}, {kind}, {label}: {shown(values)}" for label, values in found.items()]
-            means = [mean(values.values()) for values in found.values()]
-            parts.append(all(abs(x) < 0.1 for x in means) if kind == "RL" else min(means) > 0.5)
+    name = "update/momentum_cosine"
+    for label in ("sgd", "adamw"):
+        for scale in SCALES:
+            found = average(results / scale.rl, label, name)
+            told.append(f"{scale.name}, {label}: RL {shown(found)}")
+            parts.append(abs(mean(found.values())) < 0.1)
+        found = average(results / IMITATION, f"sft_{label}_rl_rate", name)
+        told.append(f"tiny, {label}: SFT {shown(found)}")
+        parts.append(mean(found.values()) > 0.5)
     return Seen("mean cosine over the run: " + "; ".join(told), verdict(*parts))
 
 
 def _sqrt_v(results: Path) -> Seen:
     told, parts = [], []
-    for scale in SCALES:
-        (rl, labels), (sft, imitations) = scale.kinds.values()
-        for label, imitation in zip(labels, imitations, strict=True):
-            a, b = (average(results / f, name, "update/sqrt_v_std") for f, name in ((rl, label), (sft, imitation)))
-            told.append(f"{scale.name}, {label}: RL {shown(a, '{:.2g}')}, SFT {shown(b, '{:.2g}')}")
-            parts.append(mean(b.values()) >= 5 * mean(a.values()))
+    for label in ("sgd", "adamw"):
+        a = average(results / TINY.rl, label, "update/sqrt_v_std")
+        b = average(results / IMITATION, f"sft_{label}_rl_rate", "update/sqrt_v_std")
+        told.append(f"tiny, {label}: RL {shown(a, '{:.2g}')}, SFT {shown(b, '{:.2g}')}")
+        parts.append(mean(b.values()) >= 5 * mean(a.values()))
     return Seen("standard deviation of sqrt(v): " + "; ".join(told), verdict(*parts))
 
 

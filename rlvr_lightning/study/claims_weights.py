@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from rlvr_lightning.study.claim import (
     DENSITY,
+    IMITATION,
     SCALES,
     TINY,
     Claim,
@@ -32,12 +33,10 @@ from rlvr_lightning.study.records import cells
 
 def _densities(results: Path) -> dict[str, tuple[BySeed, BySeed]]:
     """Shares changed by whole runs under SGD and AdamW (further apart than 1e-5, the papers' definition), by model."""
-    pairs = {"tiny": ("tiny_seeds", "adamw"), "SmolLM2": ("smollm2_seeds", "adamw_lower")}
-    name = "update/changed_frac_total/tol1e-5"
-    return {
-        model: (final(results / folder, "sgd", name), final(results / folder, other, name))
-        for model, (folder, other) in pairs.items()
-    }
+    name, longer = "update/changed_frac_total/tol1e-5", results / "smollm2_seeds"
+    tiny = [changed(results / TINY.rl, label, frac("tol1e-5")) for label in ("sgd", "adamw")]
+    smollm2 = [final(longer, label, name) for label in ("sgd", "adamw_lower")]
+    return {"tiny": (tiny[0], tiny[1]), "SmolLM2": (smollm2[0], smollm2[1])}
 
 
 def _sparser(results: Path) -> Seen:
@@ -155,10 +154,10 @@ def _small_weights(results: Path) -> Seen:
 
 def _imitation_is_dense(results: Path) -> Seen:
     told, parts = [], []
-    for scale, label in itertools.product(SCALES, ("sgd", "adamw")):
-        a = changed(results / scale.rl, label, frac("bf16"))
-        b = changed(results / scale.sft, scale.imitation("sft", label), frac("bf16"))
-        told.append(f"{scale.name}, {label}: RL {percent(a)}, SFT {percent(b)}")
+    for label in ("sgd", "adamw"):
+        a = changed(results / TINY.rl, label, frac("bf16"))
+        b = changed(results / IMITATION, f"sft_{label}_rl_rate", frac("bf16"))
+        told.append(f"tiny, {label}: RL {percent(a)}, SFT {percent(b)}")
         parts.append(mean(b.values()) - mean(a.values()) > 0.2)
         parts += [min(b.values()) >= 0.85] if label == "adamw" else []  # the papers' SFT is under AdamW
     return Seen("changed by as many steps at the same rate: " + "; ".join(told), verdict(*parts))
@@ -167,8 +166,8 @@ def _imitation_is_dense(results: Path) -> Seen:
 def _own_answers(results: Path) -> Seen:
     told, parts = [], []
     for label in ("sgd", "adamw"):
-        runs = (TINY.imitation(answers, label) for answers in ("rft", "sft"))
-        own, others = (changed(results / TINY.sft, run, frac("bf16")) for run in runs)
+        runs = (f"{answers}_{label}_rl_rate" for answers in ("rft", "sft"))
+        own, others = (changed(results / IMITATION, run, frac("bf16")) for run in runs)
         told.append(f"tiny, {label}: own answers {percent(own)}, others' {percent(others)}")
         parts.append(mean(own.values()) < mean(others.values()) / 2)
     return Seen("changed, at the same rate: " + "; ".join(told), verdict(*parts))
@@ -189,7 +188,7 @@ def _rate_decides(results: Path) -> Seen:
 def _algorithms(results: Path) -> Seen:
     folder = results / "tiny_algorithms"
     labels = dict.fromkeys(record["label"] for record in records(folder).values())
-    found = {label: final(folder, label, DENSITY) for label in labels}
+    found = {label: changed(folder, label, frac("bf16")) for label in labels}
     told = ", ".join(f"{label} {percent([mean(values.values())])}" for label, values in found.items())
     return Seen(f"changed, under SGD: {told}", verdict(*(max(values.values()) < 0.5 for values in found.values())))
 
