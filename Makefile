@@ -7,6 +7,8 @@ VLLM_VENV ?= .venv-vllm
 # One thread: on busy cores two of them wait for each other, and the tiny model gains nothing from the second.
 export OMP_NUM_THREADS ?= 1
 RUN = $(VENV)/bin/python
+# A file's tests stay together, for what they share is made once.
+WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: fit test test-all test-vllm lint install clean
 
@@ -17,7 +19,7 @@ test: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(WORKERS)
 
 test-all: install
 	$(RUN) -m pytest -q -m "not gpu"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,6 +18,7 @@ from rlvr_lightning.callbacks.change_counts import DEFINITIONS
 from rlvr_lightning.callbacks.change_meter import ChangeMeter
 from rlvr_lightning.callbacks.change_report import Cost, fractions, summarise
 from rlvr_lightning.callbacks.run_files import append_line, run_folder
+from rlvr_lightning.callbacks.step_counts import StepCounts
 from rlvr_lightning.callbacks.tensors import distinct
 
 
@@ -26,13 +27,13 @@ class Watched:
     """One optimizer under observation."""
 
     index: int
-    steps: int
-    """Steps it has made."""
+    since: int
+    """Steps it had made when this process began."""
     meter: ChangeMeter
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
-class UpdateSparsity(Callback):
+class UpdateSparsity(StepCounts):
     """Logs the share of weights that an optimizer step changed, and that differ from the start of the run.
 
     ===========================================  ===========================================================
@@ -75,6 +76,7 @@ class UpdateSparsity(Callback):
         unknown = [name for name in definitions if name not in DEFINITIONS]
         if unknown:
             raise ValueError(f"UpdateSparsity.definitions: unknown {unknown}; there are {list(DEFINITIONS)}")
+        super().__init__()
         self.every_n_steps, self.definitions, self.total = every_n_steps, list(definitions), total
         self.clock = time.perf_counter
         self._watched: list[Watched] = []
@@ -84,7 +86,8 @@ class UpdateSparsity(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the weights of the start, and listen to every optimizer's steps."""
-        self._trainer, self._folder, self._since = trainer, run_folder(trainer), trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._trainer, self._folder = trainer, run_folder(trainer)
         self._module_entries = sum(p.numel() for p in distinct(pl_module.parameters()))
         self._cost, self._error, self._stopped = Cost(self.every_n_steps), None, False
         names = {id(p): name for name, p in pl_module.named_parameters()}
@@ -100,7 +103,7 @@ class UpdateSparsity(Callback):
     def _watch(self, index: int, optimizer: Optimizer, names: dict[int, str]) -> Watched:
         first = self._trainer.is_global_zero
         meter = ChangeMeter(optimizer, names, self.definitions, self._folder, self.total, first_rank=first)
-        watched = Watched(index, self._since // len(self._trainer.optimizers), meter)
+        watched = Watched(index, self.steps[index], meter)
         # an optimizer that updates during the backward pass says when it begins
         register = getattr(optimizer, "register_begin_hook", optimizer.register_step_pre_hook)
         before = register(lambda *_: self._before_step(watched))
@@ -108,7 +111,7 @@ class UpdateSparsity(Callback):
         return watched
 
     def _before_step(self, watched: Watched) -> None:
-        if watched.steps % self.every_n_steps or self._stopped:
+        if self._stopped or self.steps[watched.index] % self.every_n_steps:
             return
         start = self._now()
         try:
@@ -118,8 +121,8 @@ class UpdateSparsity(Callback):
         self._cost.last_s = self._now() - start
 
     def _after_step(self, watched: Watched) -> None:
-        measured = watched.steps % self.every_n_steps == 0 and not self._stopped
-        watched.steps += 1
+        measured = self.steps[watched.index] % self.every_n_steps == 0 and not self._stopped
+        self.steps[watched.index] += 1
         self._cost.steps += 1
         if not measured:
             return
@@ -130,7 +133,7 @@ class UpdateSparsity(Callback):
         step, total = [*(summarise(watched.meter.names, part, self.definitions) for part in counts), {}][:2]
         self._cost.add(self._now() - start)
         self._write(watched, step, total)
-        self._metrics = {"update/measured_step": watched.steps} | fractions(step, "update/changed_frac")
+        self._metrics = {"update/measured_step": self.steps[watched.index]} | fractions(step, "update/changed_frac")
         if total:
             self._metrics |= fractions(total, "update/changed_frac_total")
 
@@ -151,7 +154,7 @@ class UpdateSparsity(Callback):
         return counts
 
     def _write(self, watched: Watched, step: dict[str, Any], total: dict[str, Any]) -> None:
-        where = {"step": watched.steps, "since_step": self._since, "optimizer": watched.index}
+        where = {"step": self.steps[watched.index], "since_step": watched.since, "optimizer": watched.index}
         cost = {"module_entries": self._module_entries, "measure_s": round(self._cost.last_s, 6)}
         if self._trainer.is_global_zero:
             append_line(self._folder / "sparsity.jsonl", where | cost | {"last_step": step, "total": total})

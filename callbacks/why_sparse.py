@@ -6,15 +6,16 @@ import time
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from rlvr_lightning.callbacks.run_files import append_line, run_folder
+from rlvr_lightning.callbacks.step_counts import StepCounts
 from rlvr_lightning.callbacks.update_watch import UpdateWatch, as_record
 
 
-class WhySparse(Callback):
+class WhySparse(StepCounts):
     """Records the size of updates, and averages of gradients, on a random sample of entries.
 
     ============================  ===========================================================================
@@ -54,39 +55,26 @@ class WhySparse(Callback):
         for name, value in (("every_n_steps", every_n_steps), ("entries", entries)):
             if value < 1:
                 raise ValueError(f"WhySparse.{name} must be at least 1, got {value}")
+        super().__init__()
         self.every_n_steps, self.entries, self.seed = every_n_steps, entries, seed
         self.clock = time.perf_counter
         self._watches: list[UpdateWatch] = []
         self._handles: list[RemovableHandle] = []
         self._metrics: dict[str, float] = {}
-        self._steps: list[int] = []  # of each optimizer
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run; a checkpoint's count comes after this."""
-        self._steps = []
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often each optimizer has stepped: the trainer counts those only that step through it."""
-        return {"steps": list(self._steps)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `state_dict` has it."""
-        self._steps = list(state_dict["steps"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the sample, and listen to every optimizer's steps."""
+        super().on_train_start(trainer, pl_module)
         self._trainer, self._folder = trainer, run_folder(trainer)
         self._spent_s = self._trained_s = 0.0
         names = {id(p): name for name, p in pl_module.named_parameters()}
-        if len(self._steps) != len(trainer.optimizers):  # not of a checkpoint: they have stepped as often as each other
-            self._steps = [trainer.global_step // len(trainer.optimizers)] * len(trainer.optimizers)
         for index, optimizer in enumerate(trainer.optimizers):
             watch = UpdateWatch(optimizer, names, self.entries, self.seed, trainer.is_global_zero)
             self._watches.append(watch)
             self._listen(index, optimizer, watch)
 
     def _listen(self, index: int, optimizer: Optimizer, watch: UpdateWatch) -> None:
-        since = self._steps[index]
+        since = self.steps[index]
         watch.measuring = since % self.every_n_steps == 0
 
         def before(*_: Any) -> None:
@@ -97,10 +85,10 @@ class WhySparse(Callback):
         def after(*_: Any) -> None:
             start = self._now()
             watch.after_step()
-            self._steps[index] += 1
+            self.steps[index] += 1
             if watch.measuring:
                 self._write(index, watch, since)
-            watch.measuring = self._steps[index] % self.every_n_steps == 0
+            watch.measuring = self.steps[index] % self.every_n_steps == 0
             self._spent_s += self._now() - start
 
         # an optimizer that updates during the backward pass says when it begins
@@ -108,7 +96,7 @@ class WhySparse(Callback):
         self._handles += [register(before), optimizer.register_step_post_hook(after)]
 
     def _write(self, index: int, watch: UpdateWatch, since: int) -> None:
-        step = self._steps[index]
+        step = self.steps[index]
         strategy = self._trainer.strategy
         sizes = torch.tensor([watch.sample.entries, watch.nbytes], dtype=torch.float64)
         message = torch.cat([sizes, watch.sums().view(-1)]).to(strategy.root_device)

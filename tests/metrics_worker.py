@@ -63,7 +63,7 @@ def measured(ranks: Ranks, numbers: list[int], how: dict[str, Any]) -> dict[str,
     found |= tokens.compute()
     rollouts = RolloutMetrics(**how)
     drawn, scores = share([number for number in numbers if number < PROMPTS])
-    rollouts.update(drawn, scores, has_signal(scores.total, drawn.group))
+    rollouts.update(drawn, scores, has_signal(scores.total, GROUP))
     found |= rollouts.compute()
     for name, metric in {"pass@2": PassAtK(2, **how), "maj@5": MajorityAtK(5, **how)}.items():
         metric.update(numbers, [problems()[number] for number in numbers])

@@ -66,33 +66,6 @@ def test_every_n_counts_optimizer_steps_and_averages_see_them_all(tmp_path):
     assert records[-1]["all"]["momentum_cosine"] == pytest.approx(1.0)
 
 
-class Two(Tiny):
-    """The other of two optimizers steps past the trainer, twice a batch, as PRIME's of the reward model does."""
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        self.manual_backward(self.loss(batch[0]))
-        first.step()
-        for _ in range(2):
-            second.optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part, lr=self.lr) for part in ([self.embed.weight], [self.layers[0]["norm"]])]
-
-
-def test_a_resumed_run_goes_on_counting_the_steps_of_each_optimizer(tmp_path):
-    callback = WhySparse(2, ALL)
-    trainer = fit(Two(manual=True), [[1]] * 3, tmp_path / "a", [callback])
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    fit(Two(manual=True), [[1]] * 5, tmp_path / "b", [callback], ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
-    steps = {
-        run: [(one["optimizer"], one["step"], one["since_step"]) for one in lines(tmp_path / run / "why_sparse.jsonl")]
-        for run in "ab"
-    }
-    assert steps["a"] == [(0, 1, 0), (1, 1, 0), (1, 3, 0), (0, 3, 0), (1, 5, 0)]
-    assert steps["b"][:3] == [(1, 7, 6), (0, 5, 3), (1, 9, 6)]
-
-
 def test_adamw_s_own_state_is_what_is_kept_beside_it(folder, tmp_path):  # noqa: F811
     adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
     train(module(folder, optimizer=adamw, max_grad_norm=0.01), tmp_path, callbacks=[WhySparse(1, ALL)])
