@@ -390,6 +390,15 @@ def test_figures_hold_the_records_numbers(tmp_path, capsys):
     assert plots.main([str(tmp_path / "nothing")]) == 2
 
 
+def test_one_legend_for_all_panels_covers_no_curve():
+    pytest.importorskip("matplotlib")
+    figure = plots.figures(RECORDS, ["val/x/pass@1", "val/x/pass@1"])["curves"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["adamw, lr 0.0001", "sgd, lr 0.1 (2 seeds)"]
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().y1 <= min(axes.get_window_extent().y0 for axes in figure.axes)
+
+
 def a_line(*values, start=0.4, lower=False, failed=()):
     points = [Point(10.0**i, [] if value is None else [value], i in failed) for i, value in enumerate(values)]
     return Line("sgd", points, start, lower)

@@ -43,7 +43,7 @@ def mean_curve(curves: Sequence[Sequence[Sequence[float | None]]]) -> list[tuple
 
 
 def draw_curves(axes: Axes, found: Sequence[Cell], metric: str) -> None:
-    """A metric over training: the mean over seeds, and each seed as a thin line."""
+    """A metric over training: the mean over seeds, and each seed as a thin line; dots where points are few."""
     for number, cell in enumerate(found):
         color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
         kept = [record["metrics"][metric]["curve"] for record in cell.good if metric in record["metrics"]]
@@ -52,13 +52,11 @@ def draw_curves(axes: Axes, found: Sequence[Cell], metric: str) -> None:
             axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=0.6, alpha=0.45)
         if average := mean_curve(kept):
             seeds = f" ({len(kept)} seeds)" if len(kept) > 1 else ""
-            axes.plot(
-                *zip(*average, strict=True), color=color, linestyle=style, linewidth=2, label=f"{cell.name}{seeds}"
-            )
+            marks: dict[str, Any] = {"marker": "o" if len(average) <= 10 else "", "color": color, "linestyle": style}
+            axes.plot(*zip(*average, strict=True), linewidth=2, label=f"{cell.name}{seeds}", **marks)
     axes.set_xlabel("batches of rollouts")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
 
 
 def draw_rates(axes: Axes, found: Sequence[Cell], metric: str) -> None:
@@ -98,15 +96,25 @@ def figures(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dic
             continue
         columns = min(len(metrics), 3)
         high = -(-len(metrics) // columns)
-        figure = Figure(figsize=(5.2 * columns, 3.6 * high))  # not pyplot's, which keeps all there ever were
+        # not pyplot's, which keeps all there ever were
+        figure = Figure(figsize=(5.2 * columns, 3.6 * high), layout="constrained")
         axes = figure.subplots(high, columns, squeeze=False)
         for axis, metric in zip(axes.flat, metrics, strict=False):
             draw(axis, shown, metric)
         for axis in axes.flat[len(metrics) :]:
             axis.set_visible(False)
-        figure.tight_layout()
+        if name == "curves":
+            _one_legend(figure)
         result[name] = figure
     return result
+
+
+def _one_legend(figure: Figure) -> None:
+    """Of all panels, below them: inside it would hide the ends of curves."""
+    shown = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    by_label = {label: handle for handle, label in shown}
+    columns = max(1, int(figure.get_figwidth() // 2.6))
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def draw(
