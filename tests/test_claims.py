@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlvr_lightning.study.claim import PASS, TEST, Seen
-from rlvr_lightning.study.claim_numbers import average, changed, final, shared
+from rlvr_lightning.study.claim_numbers import average, changed, final, first, measurements, records, shared
 from rlvr_lightning.study.claims import CLAIMS, fill_claims
 
 
@@ -109,6 +109,19 @@ def test_few_weights_against_all_of_them(tmp_path):
     assert seen == ("LoRA under SGD minus SGD on all weights, pass@1: +0.010 (95 %: +0.010 to +0.010)", "confirmed")
     seen = look("the entries with most Fisher", tmp_path)
     assert seen == ("of the gain of all weights, 1.4 % of them keep: Fisher 95 %, at random 50 %", "confirmed")
+
+
+def test_a_measurement_counts_once_however_often_it_is_repeated(tmp_path):
+    write(tmp_path, "a", [0.5, 0.0])
+    (path,) = (tmp_path / "records").glob("a-0.json")
+    record = json.loads(path.read_text())
+    record["metrics"][PASS]["curve"] = [[1, 0.1], [2, 0.1], [3, 0.3], [4, 0.3], [5, 0.1]]
+    path.write_text(json.dumps(record))
+    assert measurements(tmp_path, "a", PASS) == 1, "of the run that has fewest: two zeros are one"
+    assert first(tmp_path, "a", PASS) == {0: 0.1, 1: 0.0}
+    (tmp_path / "records" / "a-1.json").unlink()
+    records.cache_clear()
+    assert measurements(tmp_path, "a", PASS) == 3
 
 
 def test_averages_are_over_the_curve(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from rlvr_lightning.study import plots, running, sweep
 from rlvr_lightning.study.plan import Run, Sweep, read_sweep
-from rlvr_lightning.study.rates import Line, Point
+from rlvr_lightning.study.rates import Line, Point, swept
 from rlvr_lightning.study.records import Cell, best_cells, cells, curves, load_records, summaries
 from rlvr_lightning.study.tables import fill_blocks, rows
 
@@ -203,8 +204,35 @@ def test_a_run_that_outlives_its_sweep_is_not_begun_beside_it(going, capsys):
     going.kill()
     going.wait()
     assert sweep.main(["--config", "sweep.yaml"]) == 2
-    assert f"error: {GOING} is written by a run that is still going; wait for it, or end it" in capsys.readouterr().err
+    assert f"error: {GOING} is in use by a run or sweep still going; wait" in capsys.readouterr().err
     assert not load_records(Path("results/s"))
+
+
+def test_a_sweep_is_not_begun_beside_itself(going, capsys):
+    """Not even on the runs that the other has not come to: it would redo what that one has done meanwhile."""
+    path = as_file(seeds=[0], grid={"sgd": {LR: [0.1, 23]}})
+    assert sweep.main(["--config", str(path)]) == 2
+    assert "error: results/s is in use by a run or sweep still going" in capsys.readouterr().err
+    assert not load_records(Path("results/s"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_no_run_begins_when_all_are_to_stop(late, monkeypatch):
+    """Also not one whose process was started just before the others were told, of which it is not yet one."""
+    processes = running.Processes()
+    start = subprocess.Popen
+
+    def popen(*args, **kwargs):
+        process = start(*args, **kwargs)
+        processes.stop()
+        return process
+
+    if late:
+        monkeypatch.setattr(subprocess, "Popen", popen)
+    else:
+        processes.stop()
+    process = processes.begin(["sleep", "60"])
+    assert process.wait(timeout=30) == -signal.SIGTERM if late else process is None
 
 
 def test_the_record_of_a_run_that_is_redone_and_interrupted_is_gone(stand_in):
@@ -212,7 +240,7 @@ def test_the_record_of_a_run_that_is_redone_and_interrupted_is_gone(stand_in):
     old = Path("results/s/records") / f"{run.key}.json"
     old.parent.mkdir(parents=True)
     old.write_text("of files that are there no more")
-    assert running.recorded(run, a_sweep(), set()) is None
+    assert running.execute(run, a_sweep(), running.Processes()) is None
     assert not old.exists()
 
 
@@ -286,6 +314,26 @@ def test_bad_sweep_files_are_one_line(tmp_path, monkeypatch, changes, message):
     good = {"name": "s", "configs": {"sgd": ["base.yaml"]}, "grid": {"sgd": {LR: [0.1]}}, "metrics": ["m"]}
     with pytest.raises(ValueError, match=message):
         read_sweep(write("s.yaml", good | changes))
+
+
+def test_a_sweep_file_that_is_no_yaml_is_one_line(tmp_path):
+    (tmp_path / "s.yaml").write_text("configs: {sgd: [base.yaml}")
+    with pytest.raises(ValueError, match=r"s.yaml: while parsing a flow sequence.*line 1, column 16") as told:
+        read_sweep(tmp_path / "s.yaml")
+    assert "\n" not in str(told.value)
+
+
+def test_rates_are_numbers_as_fit_reads_them(tmp_path, monkeypatch):
+    """YAML 1.1 takes 1e-3, without a dot, for a word."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("a: 1\n")
+    Path("s.yaml").write_text(
+        f"name: s\nconfigs: {{sgd: [base.yaml]}}\nmetrics: [m]\ngrid: {{sgd: {{{LR}: [1e-3]}}}}\n"
+    )
+    (run,) = read_sweep(Path("s.yaml")).runs()
+    assert run.point == {LR: 0.001} and run.key == "sgd-lr=0.001-seed=0"
+    assert swept(Cell("sgd", dict(run.point), [])) == LR
+    assert swept(Cell("sgd", {LR: "1e-3"}, [])) is None, "of a record that was made before"
 
 
 # ---- tables and figures ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -45,6 +46,17 @@ def final(folder: Path, label: str, metric: str, **point: Any) -> BySeed:
         point: values of swept settings, by the last part of their names; others are not looked at.
     """
     return {seed: curve[-1] for seed, curve in _curves(folder, label, metric, point).items()}
+
+
+def first(folder: Path, label: str, metric: str) -> BySeed:
+    """The first value of a metric by seed, of the runs of a label that ended well."""
+    return {seed: curve[0] for seed, curve in _curves(folder, label, metric, {}).items()}
+
+
+def measurements(folder: Path, label: str, metric: str) -> int:
+    """How often a metric was measured in a run, at least: loggers repeat a value until the next one."""
+    found = _curves(folder, label, metric, {}).values()
+    return min(sum(a != b for a, b in itertools.pairwise([None, *curve])) for curve in found)
 
 
 def average(folder: Path, label: str, metric: str) -> BySeed:

@@ -26,6 +26,8 @@ from rlvr_lightning.study.claim_numbers import (
     changed,
     difference,
     final,
+    first,
+    measurements,
     percent,
     records,
     shown,
@@ -72,12 +74,13 @@ def _momentum_cosine(results: Path) -> Seen:
     for label in ("sgd", "adamw"):
         for scale in SCALES:
             found = average(results / scale.rl, label, name)
-            told.append(f"{scale.name}, {label}: RL {shown(found)}")
+            often = measurements(results / scale.rl, label, name)
+            told.append(f"{scale.name}, {label}: RL {shown(found)}, steps measured: {often}")
             parts.append(abs(mean(found.values())) < 0.1)
         found = average(results / IMITATION, f"sft_{label}_rl_rate", name)
         told.append(f"tiny, {label}: SFT {shown(found)}")
         parts.append(mean(found.values()) > 0.5)
-    return Seen("mean cosine over the run: " + "; ".join(told), verdict(*parts))
+    return Seen("mean cosine over a run: " + "; ".join(told), verdict(*parts))
 
 
 def _sqrt_v(results: Path) -> Seen:
@@ -151,16 +154,13 @@ def _lora_is_enough(results: Path) -> Seen:
 
 
 def _fisher_mask(results: Path) -> Seen:
-    full = final(results / "tiny_algorithms", "grpo", PASS)
-    start = mean(
-        record["metrics"][PASS]["start"]
-        for record in records(results / "tiny_algorithms").values()
-        if record["label"] == "grpo"
-    )
-    gains = {
-        name: (mean(_best(results, label).values()) - start) / (mean(full.values()) - start)
-        for name, label in MASKS.items()
-    }
+    folder = results / "tiny_algorithms"
+    full, start = (end(folder, "grpo", PASS) for end in (final, first))
+    gains = {}
+    for name, label in MASKS.items():
+        few = _best(results, label)
+        seeds = few.keys() & full.keys()
+        gains[name] = sum(few[seed] - start[seed] for seed in seeds) / sum(full[seed] - start[seed] for seed in seeds)
     told = ", ".join(f"{name} {percent([gain])}" for name, gain in gains.items())
     return Seen(f"of the gain of all weights, 1.4 % of them keep: {told}", verdict(gains["Fisher"] > KEPT))
 

@@ -33,10 +33,13 @@ from rlvr_lightning.study.records import cells
 
 def _densities(results: Path) -> dict[str, tuple[BySeed, BySeed]]:
     """Shares changed by whole runs under SGD and AdamW (further apart than 1e-5, the papers' definition), by model."""
-    name, longer = "update/changed_frac_total/tol1e-5", results / "smollm2_seeds"
-    tiny = [changed(results / TINY.rl, label, frac("tol1e-5")) for label in ("sgd", "adamw")]
-    smollm2 = [final(longer, label, name) for label in ("sgd", "adamw_lower")]
-    return {"tiny": (tiny[0], tiny[1]), "SmolLM2": (smollm2[0], smollm2[1])}
+    return {
+        scale.name: (
+            changed(results / scale.rl, "sgd", frac("tol1e-5")),
+            changed(results / scale.rl, "adamw", frac("tol1e-5")),
+        )
+        for scale in SCALES
+    }
 
 
 def _sparser(results: Path) -> Seen:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlvr_lightning.configuration import find_config
 from rlvr_lightning.study.rates import parse_rates
@@ -111,14 +111,19 @@ def _text(value: Any) -> str:
 
 
 def read_sweep(path: Path) -> Sweep:
-    """A sweep from its YAML file.
+    """A sweep from its YAML file, whose numbers are read as `fit` reads them: 1e-3 is one.
 
     Raises:
-        ValueError: a field is missing, unknown or impossible; two runs would share a name; a config is nowhere.
+        ValueError: it is no YAML; a field is missing, unknown or impossible; two runs would share a name; a config is
+            nowhere.
     """
-    import yaml
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except YAMLError as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping with name, configs, metrics")
     known = {f.name for f in fields(Sweep)}
@@ -126,7 +131,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(f"{path}: unknown {sorted(unknown)}; fields are {sorted(known)}")
     if missing := {"name", "configs", "metrics"} - set(content):
         raise ValueError(f"{path}: {sorted(missing)} missing")
-    sweep = Sweep(**content)
+    sweep = Sweep(**cast(dict[str, Any], content))
     for config in itertools.chain(*sweep.configs.values()):
         find_config(config)
     return sweep

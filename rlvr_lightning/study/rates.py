@@ -52,8 +52,8 @@ def parse_rates(text: str, per_decade: int = 2) -> list[float]:
 
 def swept(cell: Cell) -> str | None:
     """The setting that is a learning rate, if one was swept; a rate of 0 is a model that is not trained."""
-    rates = (key for key in cell.point if key.rpartition(".")[2] in ("lr", "learning_rate"))
-    return next((key for key in rates if cell.point[key] > 0), None)
+    rates = {key: rate for key, rate in cell.point.items() if key.rpartition(".")[2] in ("lr", "learning_rate")}
+    return next((key for key, rate in rates.items() if isinstance(rate, int | float) and rate > 0), None)
 
 
 def settled(curve: Sequence[Sequence[Any]]) -> float | None:

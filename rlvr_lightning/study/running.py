@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,12 +29,35 @@ from rlvr_lightning.study.records import curves, load_records, summaries
 INTERRUPTED = (130, 143, -2, -15)
 OF_A_RUN = ("metrics.csv", "config.yaml", "*.json", "*.jsonl")
 LOCK = ".running"
-Processes = set[subprocess.Popen[bytes]]
+
+
+@dataclass
+class Processes:
+    """The runs that are going on, and whether more may begin."""
+
+    alive: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    stopping: bool = False
+
+    def begin(self, command: Sequence[str], **options: Any) -> subprocess.Popen[bytes] | None:
+        """Start one, unless all are to stop."""
+        if self.stopping:
+            return None
+        process = subprocess.Popen(command, **options)
+        self.alive.add(process)
+        if self.stopping:  # since a line ago: nobody has told this one
+            process.terminate()
+        return process
+
+    def stop(self) -> None:
+        """Ask all to save and end."""
+        self.stopping = True
+        for process in list(self.alive):
+            process.terminate()
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[IO[str]]:
-    """A lock of a run's folder. The run's process inherits it: one that outlives its sweep keeps others away.
+    """A lock of a folder. A run's process inherits that of its own: one that outlives its sweep keeps others away.
 
     Raises:
         ValueError: another process has it.
@@ -43,15 +67,24 @@ def held(folder: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{folder} is written by a run that is still going; wait for it, or end it") from None
+            raise ValueError(f"{folder} is in use by a run or sweep still going; wait for it, or end it") from None
         yield lock
 
 
 def execute(run: Run, sweep: Sweep, processes: Processes) -> dict[str, Any] | None:
-    """Run one point as a process, which is among `processes` meanwhile; its record, or None if it was interrupted."""
+    """Run one point as a process, which is among `processes` meanwhile.
+
+    Its record is written as soon as there is one, whatever becomes of runs beside it, and returned; None if the run was
+    interrupted.
+    """
     folder = sweep.folder / "runs" / run.key
+    path = sweep.folder / "records" / f"{run.key}.json"
     with held(folder) as lock:
-        return _execute(run, sweep, processes, folder, lock)
+        path.unlink(missing_ok=True)  # its run's files are about to go
+        record = _execute(run, sweep, processes, folder, lock)
+        if record is not None:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def _execute(run: Run, sweep: Sweep, processes: Processes, folder: Path, lock: IO[str]) -> dict[str, Any] | None:
@@ -63,12 +96,12 @@ def _execute(run: Run, sweep: Sweep, processes: Processes, folder: Path, lock: I
     log = folder / "log.txt"
     start = time.time()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            run.command(folder), stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock.fileno()]
-        )
-        processes.add(process)
+        to: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
+        process = processes.begin(run.command(folder), env=environment, **to)
+        if process is None:
+            return None
         status = process.wait()
-        processes.discard(process)
+        processes.alive.discard(process)
     wall_s = round(time.time() - start, 2)
     if status in INTERRUPTED:
         return None
@@ -158,23 +191,12 @@ def reread(sweep: Sweep) -> int:
     return changed
 
 
-def recorded(run: Run, sweep: Sweep, processes: Processes) -> dict[str, Any] | None:
-    """`execute`, with the record written as soon as there is one, whatever becomes of runs beside it."""
-    path = sweep.folder / "records" / f"{run.key}.json"
-    path.unlink(missing_ok=True)  # its run's files are about to go
-    record = execute(run, sweep, processes)
-    if record is not None:
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
 @contextmanager
 def passing_on_sigterm(processes: Processes) -> Iterator[None]:
     """SIGTERM goes to the runs, too, which save and end, and is then as Ctrl-C, which a terminal sends them itself."""
 
     def stop(*_: Any) -> None:
-        for process in list(processes):
-            process.terminate()
+        processes.stop()
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -188,16 +210,25 @@ def run_all(sweep: Sweep, todo: Sequence[Run]) -> int:
     """Run what is to be done, `parallel` at a time, with a record of each; returns the number of failures.
 
     Raises:
-        ValueError: a run of an earlier sweep is still going; nothing was begun.
+        ValueError: this sweep is going on elsewhere, or a run of an earlier one; nothing was begun.
     """
+    processes = Processes()
+    with held(sweep.folder), passing_on_sigterm(processes):
+        for run in todo:
+            with held(sweep.folder / "runs" / run.key):
+                pass
+        (sweep.folder / "records").mkdir(parents=True, exist_ok=True)
+        try:
+            return _run_all(sweep, todo, processes)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on with the runs that have no record", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def _run_all(sweep: Sweep, todo: Sequence[Run], processes: Processes) -> int:
     failures = 0
-    processes: Processes = set()
-    for run in todo:
-        with held(sweep.folder / "runs" / run.key):
-            pass
-    (sweep.folder / "records").mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(sweep.parallel) as pool, passing_on_sigterm(processes):
-        futures = {pool.submit(recorded, run, sweep, processes): run for run in todo}
+    with ThreadPoolExecutor(sweep.parallel) as pool:
+        futures = {pool.submit(execute, run, sweep, processes): run for run in todo}
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 run, record = futures[future], future.result()
@@ -205,10 +236,10 @@ def run_all(sweep: Sweep, todo: Sequence[Run]) -> int:
                     raise KeyboardInterrupt
                 failures += record["status"] != "ok"
                 print(f"[{number}/{len(todo)}] {progress_line(run, record, sweep.metrics[0])}", flush=True)
-        except KeyboardInterrupt:
+        except BaseException:
+            processes.stopping = True  # a terminal has told those that are going on; none more begins
             pool.shutdown(cancel_futures=True)
-            print("interrupted: the same command goes on with the runs that have no record", file=sys.stderr)
-            raise SystemExit(130) from None
+            raise
     return failures
 
 
