@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class StepCounts(Callback):
@@ -30,6 +31,13 @@ class StepCounts(Callback):
         self.steps = list(state_dict.get("steps", []))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where no checkpoint had the counts, all optimizers have stepped as often as each other."""
-        if len(self.steps) != len(trainer.optimizers):
-            self.steps = [trainer.global_step // len(trainer.optimizers)] * len(trainer.optimizers)
+        """Where no checkpoint had the counts, the trainer's is shared out, which is a guess if there are several."""
+        several = len(trainer.optimizers)
+        if len(self.steps) == several:
+            return
+        self.steps = [trainer.global_step // several] * several
+        if several > 1 and trainer.global_step:
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint does not say how often each of {several} optimizers has "
+                f"stepped; their steps are numbered from {self.steps[0]} on"
+            )

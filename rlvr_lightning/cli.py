@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -155,7 +156,13 @@ class RLVRCLI(LightningCLI):
             more.append(callbacks.ShortProgressBar())
         if steps := self._get(self.config_init, "profile_memory"):
             more.append(MemoryTimeline(parse_steps(steps)))
-        return super().instantiate_trainer(**kwargs, callbacks=[*(config.get("callbacks") or []), *more])
+        try:
+            return super().instantiate_trainer(**kwargs, callbacks=[*(config.get("callbacks") or []), *more])
+        except RuntimeError as error:
+            if twice := re.search("more than one stateful callback of type `(.+?)`", str(error)):
+                keys = {"UpdateSparsity": "; the one that every run has is set by `update_sparsity`"}
+                raise ValueError(f"trainer.callbacks: {twice[1]} is there twice{keys.get(twice[1], '')}") from None
+            raise
 
     def before_fit(self) -> None:
         """The measure that the curve starts from."""

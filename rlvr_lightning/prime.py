@@ -141,6 +141,6 @@ class PRIME(GRPO):
         mine = torch.tensor([sums["prm_loss"], sums["prm_right"]], dtype=torch.float64)
         loss, right = (self.ranks.sum(mine) / max(completions, 1)).tolist()
         told = {"prm/loss": loss, "prm/accuracy": right, "prm/nonfinite_steps": update.get("nonfinite", 0.0)}
-        told |= {"prm/grad_norm": update["grad_norm"]} if "grad_norm" in update else {}
+        told["prm/grad_norm"] = update.get("grad_norm", math.nan)  # loggers would repeat the last one
         held = trained_bytes(self, self.prm.parameters(), self.prm_updates.optimizer)
         self.log_dict(told | {"memory/prm_bytes": held})

@@ -52,10 +52,21 @@ class Scorer:
         return None
 
     def drawn(self, rollouts: Rollouts) -> tuple[list[list[int]], list[str]]:
-        """Tokens of R completions, and their texts with the stop strings that ended them, without special tokens."""
+        """Tokens of R completions, and their texts with the stop strings that ended them.
+
+        Special tokens are left out, end-of-sequence among them, but for one that is a stop string.
+        """
         ids = rollouts.completion_ids.tolist()
         rows = [row[:length] for row, length in zip(ids, rollouts.lengths.tolist(), strict=True)]
-        return rows, self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True) if rows else []
+        return rows, [text + self._special_stop(row[-1:]) for text, row in zip(texts, rows, strict=True)]
+
+    def _special_stop(self, last: list[int]) -> str:
+        """The text of a completion's last token if it is special, a stop string, and not end-of-sequence."""
+        if not self.stop or not last or last[0] not in self.tokenizer.all_special_ids:
+            return ""
+        text = "" if last[0] == self.tokenizer.eos_token_id else self.tokenizer.decode(last)
+        return text if any(stop in text for stop in self.stop) else ""
 
     def samples(self, rollouts: Rollouts, records: list[Record]) -> list[Sample]:
         """Decoded completions beside their records (P of them), as rewards see them; R samples."""
@@ -107,13 +118,18 @@ def describe(samples: list[Sample], scores: Scores, advantages: Tensor, step: in
 
 
 def no_signal(told: list[Record], group: int) -> str:
-    """What to say of a batch (see `describe`) in which no group has two different rewards, with examples."""
-    rewards = sorted({sample["reward"] for sample in told})
-    all_alike = f"all are {rewards[0]:g}" if len(rewards) == 1 else "they differ between prompts only"
+    """What to say of a batch (see `describe`) in which no group has anything to learn from, with examples."""
+    groups = [{sample["reward"] for sample in told[at : at + group]} for at in range(0, len(told), group)]
+    if len(set.union(*groups)) == 1:
+        how = f"all rewards are {told[0]['reward']:g}"
+    elif all(len(rewards) == 1 for rewards in groups):
+        how = "rewards differ between prompts only"
+    else:
+        how = "rewards differ within groups, but not in what is learned from"
     lines = [
-        f"no signal: in each of {len(told) // group} groups the rewards are equal ({all_alike}): there is nothing to "
-        "learn from. Look at the rewards, the stop strings, sampling.max_tokens and how hard the problems are; "
-        "`python -m rlvr_lightning reward` says why a completion earns what it does. Some of them:"
+        f"no signal: there is nothing to learn from in any of {len(groups)} groups ({how}). Look at the rewards, the "
+        "stop strings, sampling.max_tokens and how hard the problems are; `python -m rlvr_lightning reward` says why a "
+        "completion earns what it does. Some of them:"
     ]
     for sample in told[:: max(group, len(told) // SHOWN)][:SHOWN]:
         cut = ", cut at the limit" if sample["truncated"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,9 @@ def of_steps(module: Any, sums: Mapping[str, float]) -> dict[str, float]:
     """
     lost = sums.get("nonfinite", 0.0)
     values = {"train/nonfinite_steps": lost, "update/lr": module.updates.optimizer.param_groups[0]["lr"]}
-    if lost < sums["steps"]:
-        values["update/grad_norm"] = sums.get("grad_norm", 0.0) / (sums["steps"] - lost)
+    made = sums["steps"] - lost
+    # NaN if all are lost: loggers would repeat that of the steps before
+    values["update/grad_norm"] = sums.get("grad_norm", 0.0) / made if made else math.nan
     values |= {"update/changed_entries": sums["changed"]} if "changed" in sums else {}
     for name, kept in (("reference", module.reference), ("subnetwork", module.frozen)):
         if kept is not None:

@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,10 @@ def test_fit_help_explains_the_settings(tmp_path: Path) -> None:
         (["--data.prompts_per_step", "0"], "data.prompts_per_step must be at least 1, got 0"),
         (["--data.max_prompt_tokens", "1"], "is empty: all"),
         (["--model.sampling.max_tokens", "100000"], "max_tokens"),
+        (
+            ["--trainer.callbacks+=rlvr_lightning.callbacks.UpdateSparsity"],
+            "trainer.callbacks: UpdateSparsity is there twice; the one that every run has is set by `update_sparsity`",
+        ),
     ],
 )
 def test_mistakes_get_one_line(
@@ -213,7 +218,10 @@ def test_a_seed_reaches_a_model_of_another_class_too(words: list[str], capsys: p
 
 @pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
 def test_distributions_work_away_from_the_checkout(kind: str, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", f"--{kind}", "--outdir", tmp_path, ROOT]
+    source = tmp_path / "source"  # an earlier build lies in ROOT, whose modules would be packaged, too
+    left = shutil.ignore_patterns("build", "dist", "*.egg-info", ".*", "results", "tests", "runs", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=left)
+    build = [sys.executable, "-m", "build", f"--{kind}", "--outdir", tmp_path, source]
     subprocess.run(build, check=True, capture_output=True)
     [artefact] = [path for path in tmp_path.iterdir() if path.name.endswith((".whl", ".tar.gz"))]
     target = tmp_path / "site"

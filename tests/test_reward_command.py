@@ -92,6 +92,8 @@ def test_what_is_said_of_a_batch_without_signal() -> None:
         for k in range(15)
     ]
     lines = no_signal(told, 3).splitlines()
-    assert "in each of 5 groups the rewards are equal (they differ between prompts only)" in lines[0]
+    assert "nothing to learn from in any of 5 groups (rewards differ between prompts only)" in lines[0]
     assert lines[1].startswith("  reward 0, cut at the limit: 'problem 0' -> 'xxx") and len(lines) == 4
-    assert "all are 0" in no_signal(told[:3], 3)
+    assert "any of 1 groups (all rewards are 0)" in no_signal(told[:3], 3)
+    told[4]["reward"] = 0.5  # a penalty, of which nothing is learned where the verifier finds all alike
+    assert "any of 5 groups (rewards differ within groups, but not in what is learned from)" in no_signal(told, 3)

@@ -13,9 +13,11 @@ import torch
 from rlvr_lightning.__main__ import main
 from rlvr_lightning.data.texts import Demonstrations, Labels, Pairs
 from rlvr_lightning.evaluation import Drawn
+from rlvr_lightning.policy import TINY, load_tokenizer
 from rlvr_lightning.rewards.arithmetic import FinalAnswer
 from rlvr_lightning.samples import lines_of
-from rlvr_lightning.schema import Sample
+from rlvr_lightning.schema import Rollouts, Sample
+from rlvr_lightning.scoring import Scorer
 from rlvr_lightning.sft import SFT
 
 RIGHT = [Drawn("2", True, False), Drawn(" 2", True, False), Drawn("2", True, False)]
@@ -92,6 +94,24 @@ def test_texts_end_as_they_were_drawn(tmp_path: Path) -> None:
         assert module.tokenizer.decode(ids) == text  # no end-of-sequence token behind it
     [ids] = module.text_of({"prompt": "1+1=", "prompt_ids": [3], "demonstration": "2"}).completions
     assert ids[-1] == module.tokenizer.eos_token_id and len(ids) == 2
+
+
+def test_a_stop_string_that_is_a_special_token_is_kept() -> None:
+    """Of chat models the end of a turn is one; end-of-sequence is put behind texts again, and is not in them."""
+    tokenizer = load_tokenizer(str(TINY))
+    plus, end, eos = (tokenizer.convert_tokens_to_ids(token) for token in ("+", "=", tokenizer.eos_token))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["="]})
+    rollouts = Rollouts(
+        prompt_ids=[[plus]],
+        completion_ids=torch.tensor([[plus, end, 0], [plus, eos, 0], [end, plus, plus]]),
+        completion_mask=torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 1]]).bool(),
+        rollout_logprobs=torch.zeros(3, 3),
+        truncated=torch.tensor([False, False, True]),
+    )
+    with_stop, without = (Scorer(tokenizer=tokenizer, rewards={}, weights={}, stop=stop) for stop in (["="], []))
+    assert with_stop.drawn(rollouts)[1] == ["+=", "+", "++"]
+    assert without.drawn(rollouts)[1] == ["+", "+", "++"]
+    assert [sample.text for sample in with_stop.samples(rollouts, [{"prompt": "+"}])] == ["+", "+", "++"]
 
 
 def test_a_file_is_not_overwritten(tmp_path: Path, capsys) -> None:

@@ -54,5 +54,6 @@ def test_a_checkpoint_without_counts_takes_the_trainer_s(tmp_path):
     trainer = fit(Through(manual=True), [[1]] * 2, tmp_path / "a", [])
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = StepCounts()
-    fit(Through(manual=True), [[1]] * 2, tmp_path / "b", [callback], ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
+    with pytest.warns(UserWarning, match="how often each of 2 optimizers has stepped; their steps are numbered from 2"):
+        fit(Through(manual=True), [[1]] * 2, tmp_path / "b", [callback], ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
     assert callback.steps == [2, 2]
