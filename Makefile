@@ -8,7 +8,7 @@ VLLM_VENV ?= .venv-vllm
 export OMP_NUM_THREADS ?= 1
 RUN = $(VENV)/bin/python
 # A file's tests stay together, for what they share is made once.
-WORKERS ?= -n auto --maxprocesses 4 --dist loadfile
+WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: fit test test-all test-vllm lint install clean
 
