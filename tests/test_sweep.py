@@ -290,6 +290,13 @@ def test_the_best_cell_is_a_whole_one_and_has_less_of_a_loss():
     assert best_cells(found, "pass@1")[0].point["lr"] == 1, "half of the other failed"
 
 
+def test_a_dry_run_of_what_is_done_says_so(stand_in, capsys):
+    sweep.main(["--config", str(as_file(seeds=[0], grid={"sgd": {LR: [0.1]}}))])
+    capsys.readouterr()
+    assert sweep.main(["--config", "sweep.yaml", "--dry_run"]) == 0
+    assert capsys.readouterr().out == "nothing to do: all runs have their records in results/s\n"
+
+
 def test_a_run_without_the_metric_is_a_failure(stand_in):
     assert sweep.main(["--config", str(as_file(metrics=["absent"], seeds=[0]))]) == 1
     record = load_records(Path("results/s"))["sgd-lr=0.1-seed=0"]

@@ -84,7 +84,8 @@ def main(argv: list[str]) -> int:
     todo, warnings = pending(sweep, options.redo)
     print("".join(f"warning: {line}\n" for line in warnings), end="", file=sys.stderr)
     if options.dry_run:
-        print("\n".join(shlex.join(run.command(sweep.folder / "runs" / run.key)) for run in todo))
+        commands = [shlex.join(run.command(sweep.folder / "runs" / run.key)) for run in todo]
+        print("\n".join(commands) or f"nothing to do: all runs have their records in {sweep.folder}")
         return 0
     print(f"{sweep.name}: {len(todo)} runs to do, {sweep.parallel} at a time, records in {sweep.folder}", flush=True)
     if changed := reread(sweep):
