@@ -330,6 +330,13 @@ def test_a_sweep_file_that_is_no_yaml_is_one_line(tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("text", ["5", "- sgd", "sgd", ""])
+def test_a_sweep_file_of_something_else_is_one_line(tmp_path, text):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"s\.yaml"):
+        read_sweep(tmp_path / "s.yaml")
+
+
 def test_rates_are_numbers_as_fit_reads_them(tmp_path, monkeypatch):
     """YAML 1.1 takes 1e-3, without a dot, for a word."""
     monkeypatch.chdir(tmp_path)

@@ -122,7 +122,7 @@ def read_sweep(path: Path) -> Sweep:
 
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except YAMLError as error:
+    except (YAMLError, OSError) as error:  # OSError: a number, say, instead of a mapping
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping with name, configs, metrics")
